@@ -1,0 +1,48 @@
+"""Errors as the command line gets to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from understudy.device import Finding
+from understudy.errors import ConfigError, PreflightFailed
+from understudy.phases import first_failure, in_words
+
+__all__ = ["describe", "finding_row"]
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return an error as a JSON-able object: the first cause leads, what failed afterwards is attached.
+
+    Keys: ``kind`` (class name), ``message``; ``also`` (list of messages) where more failed; ``findings`` for a
+    refused preflight; ``source``, ``key`` and ``allowed`` for a wrong configuration.
+    """
+    first = first_failure(error)
+    fault: dict[str, Any] = {"kind": type(first).__name__, "message": in_words(first)}
+    also = [in_words(each) for each in _leaves(error) if each is not first]
+    if also:
+        fault["also"] = also
+    if isinstance(first, PreflightFailed):
+        fault["findings"] = [finding_row(finding) for finding in first.findings]
+    if isinstance(first, ConfigError):
+        fault |= {"source": first.source, "key": first.key, "allowed": first.allowed}
+    return fault
+
+
+def finding_row(finding: Finding) -> Mapping[str, str]:
+    """Return a finding as a JSON-able object."""
+    return {
+        "severity": finding.severity.value,
+        "subject": finding.subject,
+        "problem": finding.problem,
+        "remedy": finding.remedy,
+    }
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error

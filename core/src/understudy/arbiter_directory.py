@@ -1,0 +1,343 @@
+"""The embedded arbiter: a directory that both hosts see, compare-and-swap by link(2) and O_EXCL alone.
+
+Layout, one directory per guest::
+
+    <root>/g-<encoded name>/
+        00000000000000000017.json   generation 17, immutable, complete from its first moment
+        00000000000000000018.json   generation 18; the highest generation is the record that counts
+        00000000000000000010.floor  generations up to 10 are over, whatever files they have
+        tmp-<random>                debris or work in progress; nobody reads it
+
+A swap from generation g writes its record to a temporary file, fsyncs it, and link()s it to the name of generation
+g + 1. The file system lets exactly one link of that name succeed; everybody else gets EEXIST and has lost. There is
+no lock, no rename over an existing name, and no moment at which a reader can see half a record.
+
+* *An answer that lies.* NFS may repeat a link that had succeeded and report EEXIST. Whoever fails looks at what the
+  name holds: a record with its own (writer, session, attempt) is its own win. This also answers repeated swaps.
+* *Pruning.* Deleting generation g + 1 would let a very slow swapper link it again. Therefore a floor is linked
+  first, only then the old generations are deleted; a swapper looks for a floor after its link, and a link at or below
+  it counts for nothing. Generations only grow and the newest is never deleted.
+* *Durability.* A record is believed only once its directory entry is on the disk: winners, losers and readers fsync
+  the directory before they answer. So a crash of the file server cannot take back what somebody acted upon.
+* *Freshness.* A reader creates and removes a temporary name before it lists: an NFS client then sees that its cached
+  listing is old. Immutable files need no freshness. (Mounts with ``noac`` or ``lookupcache=none`` are best
+  all the same; and nothing is ever started on a read alone.)
+* *Hanging.* File operations run in threads of their own with a deadline. A thread that hangs in the kernel is left
+  behind and never holds up the end of the process; while `MAX_HUNG` of them do, no further one is started. What it
+  does later is what the contract calls a late answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, unquote
+
+from understudy.arbiter import Arbiter, Record, SwapResult
+from understudy.errors import ArbiterError, ArbiterUnavailable, ConfigError
+from understudy.hookspecs import ArbiterOffer, hookimpl
+
+__all__ = ["DirectoryArbiter", "understudy_arbiters"]
+
+T = TypeVar("T")
+
+MAX_HUNG: Final = 4  # threads that hang past their deadline before further calls fail at once
+KEEP: Final = 256  # generations kept for the history
+DEBRIS_AGE_S: Final = 3600.0  # temporary files older than this are removed; harmless if it is wrong
+NAME_BYTES: Final = 255  # of one name on every common file system
+_DIGITS: Final = 20
+
+
+class DirectoryArbiter(Arbiter):
+    """An arbiter in a directory that all hosts see: a shared file system, or one host's exported one.
+
+    Args:
+        path: The directory; created if missing.
+        timeout_s: Deadline of every call, seconds.
+        keep: How many old generations are kept for the history, at least 2.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float = 5.0, keep: int = KEEP) -> None:
+        self.path = path
+        self.timeout_s = timeout_s
+        self._keep = max(2, keep)
+        self._late: list[Future[Any]] = []
+
+    async def read(self, guest: str) -> Record | None:
+        """Return the record that counts now; see `Arbiter.read`."""
+        return await self._in_thread(lambda: _Guest(self.path, guest).read())
+
+    async def exchange(self, expected: Record | None, desired: Record) -> SwapResult:
+        """Carry out a swap; see `Arbiter.swap`."""
+        return await self._in_thread(lambda: self._exchange(expected, desired))
+
+    async def bury(self, expected: Record, attempt: str) -> bool:
+        """Carry out `Arbiter.forget`: the next generation is a tombstone."""
+        return await self._in_thread(lambda: _Guest(self.path, expected.guest).bury(expected, attempt))
+
+    async def history(self, guest: str) -> Sequence[Record]:
+        """Return the records kept of a guest, oldest first."""
+        return await self._in_thread(lambda: _Guest(self.path, guest).history())
+
+    async def guests(self) -> Sequence[str]:
+        """Return the names of all guests that have a record, sorted."""
+        return await self._in_thread(self._guests)
+
+    def _exchange(self, expected: Record | None, desired: Record) -> SwapResult:
+        guest = _Guest(self.path, desired.guest)
+        result = guest.exchange(expected, desired)
+        if result.won and result.record is not None and result.record.generation % 16 == 0:
+            guest.prune(self._keep)
+        return result
+
+    def _guests(self) -> Sequence[str]:
+        if not self.path.is_dir():
+            return []
+        names = sorted(unquote(e.name[2:]) for e in os.scandir(self.path) if e.name.startswith("g-"))
+        return [name for name in names if _Guest(self.path, name).read() is not None]
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        # asyncio.to_thread would do, but its threads are joined at exit: one hung NFS call would keep the agent alive.
+        if self._hung >= MAX_HUNG:
+            raise ArbiterUnavailable(f"{self.path}: {self._hung} earlier calls still hang")
+        outcome: Future[T] = Future()
+        outcome.set_running_or_notify_cancel()  # a caller that goes away ends nothing in the kernel
+        threading.Thread(target=_settle, args=(outcome, work), name="arbiter", daemon=True).start()
+        answer = asyncio.wrap_future(outcome)
+        try:
+            done, _ = await asyncio.wait([answer], timeout=self.timeout_s)
+            if not done:
+                raise ArbiterUnavailable(f"{self.path}: no answer within {self.timeout_s:g} s")
+            return answer.result()
+        except OSError as problem:
+            raise ArbiterUnavailable(f"{self.path}: {problem}") from problem
+        finally:
+            answer.cancel()
+            if not outcome.done():
+                self._late.append(outcome)
+
+    @property
+    def _hung(self) -> int:
+        # How many threads go on although nobody waits for them any more.
+        self._late = [outcome for outcome in self._late if not outcome.done()]
+        return len(self._late)
+
+
+def _settle(outcome: Future[T], work: Callable[[], T]) -> None:
+    try:
+        outcome.set_result(work())
+    except Exception as error:  # noqa: BLE001 - the caller raises it
+        outcome.set_exception(error)
+
+
+class _Guest:
+    # The blocking half: one guest's directory. Every method may be killed at any instruction.
+
+    def __init__(self, root: Path, guest: str) -> None:
+        self.guest = guest
+        name = "g-" + quote(guest, safe="").replace(".", "%2E").replace("~", "%7E")
+        if not guest or len(name) > NAME_BYTES:
+            raise ArbiterError(
+                f"a guest's name must have 1 to {NAME_BYTES - 2} bytes once encoded, got {guest!r}"
+            )
+        self.path = root / name
+
+    def read(self) -> Record | None:
+        if not self.path.is_dir():
+            return None
+        self._refresh()
+        _, current = self._current()
+        self._sync()
+        return current
+
+    def exchange(self, expected: Record | None, desired: Record) -> SwapResult:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._refresh()
+        newest, current = self._current()
+        if current is not None and current.identity == desired.identity:
+            self._sync()
+            return SwapResult(won=True, record=current)
+        if not _same(current, expected):
+            self._sync()
+            return SwapResult(won=False, record=current)
+        wanted = replace(
+            desired, generation=newest + 1, written_at=datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        self._publish(newest + 1, wanted.to_json())
+        self._sync()
+        newest, current = self._current()
+        if current is not None and current.identity == desired.identity:
+            return SwapResult(won=True, record=current)
+        mine = self._load(wanted.generation)
+        if mine is None or mine.get("forgotten") or wanted.generation <= self._floor():
+            return SwapResult(won=False, record=current)
+        theirs = Record.from_json(mine)
+        if theirs.identity == desired.identity:  # won, and already overtaken by a swap that started from it
+            return SwapResult(won=True, record=theirs)
+        return SwapResult(won=False, record=current)
+
+    def bury(self, expected: Record, attempt: str) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._refresh()
+        newest, current = self._current()
+        if current is not None:
+            if not _same(current, expected):
+                self._sync()
+                return False
+            self._publish(newest + 1, {"forgotten": True, "generation": newest + 1, "attempt": attempt})
+            _, current = self._current()
+        self._sync()
+        return current is None
+
+    def history(self) -> Sequence[Record]:
+        if not self.path.is_dir():
+            return []
+        self._refresh()
+        floor = self._floor()
+        records = (self._load(generation) for generation in sorted(self._generations()) if generation > floor)
+        return [Record.from_json(data) for data in records if data is not None and not data.get("forgotten")]
+
+    def prune(self, keep: int) -> None:
+        # First the floor, durable; then the files at or below it. Never the newest: keep >= 2.
+        generations = sorted(self._generations())
+        floor = generations[-1] - keep if generations else 0
+        if floor <= 0:
+            return
+        old = self._floor()
+        if floor > old:
+            self._link(f"{floor:0{_DIGITS}d}.floor", b"")
+            self._sync()
+        for entry in list(os.scandir(self.path)):
+            stem, _, kind = entry.name.partition(".")
+            # A file that an administrator has put there has no number and is nothing of ours.
+            number = int(stem) if stem.isdecimal() else floor + 1
+            over = (kind == "json" and number <= floor) or (kind == "floor" and number < floor)
+            aged = entry.name.startswith("tmp-") and _age_s(entry.path) > DEBRIS_AGE_S
+            if over or aged:
+                Path(entry.path).unlink(missing_ok=True)
+
+    # --- Names --------------------------------------------------------------------------------------------------
+
+    def _names(self, kind: str) -> Iterable[int]:
+        for entry in os.scandir(self.path):
+            stem, _, suffix = entry.name.partition(".")
+            if suffix == kind and stem.isdecimal():
+                yield int(stem)
+
+    def _generations(self) -> Iterable[int]:
+        return self._names("json")
+
+    def _floor(self) -> int:
+        return max(self._names("floor"), default=0)
+
+    def _current(self) -> tuple[int, Record | None]:
+        while True:
+            newest = max(self._generations(), default=0)
+            if newest == 0:
+                return 0, None
+            data = self._load(newest)
+            if data is not None:  # else it was pruned while we looked, so there is a newer one
+                return newest, None if data.get("forgotten") else Record.from_json(data)
+
+    def _load(self, generation: int) -> Mapping[str, Any] | None:
+        try:
+            data = json.loads((self.path / f"{generation:0{_DIGITS}d}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as problem:
+            raise ArbiterError(f"{self.path}: generation {generation} is damaged: {problem}") from problem
+        if not isinstance(data, dict):
+            raise ArbiterError(f"{self.path}: generation {generation} is damaged: no object")
+        return data
+
+    # --- Writing ------------------------------------------------------------------------------------------------
+
+    def _publish(self, generation: int, data: Mapping[str, Any]) -> None:
+        # Whether it succeeded is not told here: an NFS server's EEXIST may be our own success. Callers look.
+        if generation <= self._floor():
+            return
+        name = f"{generation:0{_DIGITS}d}.json"
+        self._link(name, json.dumps(data, indent=1).encode() + b"\n")
+        if generation <= self._floor():  # a hole that a pruner made while we slept: it counts for nothing
+            (self.path / name).unlink(missing_ok=True)
+
+    def _link(self, name: str, content: bytes) -> None:
+        while True:
+            temporary = self._temporary()
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                view = memoryview(content)
+                while view:
+                    view = view[os.write(handle, view) :]
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            try:
+                os.link(temporary, self.path / name)
+            except FileExistsError:
+                return
+            except FileNotFoundError:
+                if temporary.exists() or not self.path.is_dir():
+                    raise
+                continue  # somebody took it for debris; once more
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
+
+    def _temporary(self) -> Path:
+        return self.path / f"tmp-{secrets.token_hex(8)}"
+
+    def _refresh(self) -> None:
+        temporary = self._temporary()
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        temporary.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _same(current: Record | None, expected: Record | None) -> bool:
+    if current is None or expected is None:
+        return current is expected
+    return (current.generation, current.identity) == (expected.generation, expected.identity)
+
+
+def _age_s(path: str) -> float:
+    try:
+        return time.time() - Path(path).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _make(table: Mapping[str, Any], host: str) -> Arbiter:  # noqa: ARG001 - the offer's signature
+    known = {"path", "timeout_s"}
+    for key in table:
+        if key not in known:
+            raise ConfigError("agent.toml", f"arbiter.{key}", "unknown key", ", ".join(sorted(known)))
+    path = table.get("path")
+    if not isinstance(path, str) or not Path(path).is_absolute():
+        raise ConfigError("agent.toml", "arbiter.path", f"is {path!r}", "an absolute path that all hosts see")
+    timeout_s = table.get("timeout_s", 5.0)
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or timeout_s <= 0:
+        raise ConfigError("agent.toml", "arbiter.timeout_s", f"is {timeout_s!r}", "seconds, more than 0")
+    return DirectoryArbiter(Path(path), timeout_s=float(timeout_s))
+
+
+@hookimpl
+def understudy_arbiters() -> Iterable[ArbiterOffer]:
+    """Offer the embedded arbiter under the name ``directory``."""
+    return (ArbiterOffer(name="directory", make=_make),)

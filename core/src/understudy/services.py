@@ -1,0 +1,109 @@
+"""Services that a hypervisor offers to device subkinds, as small Protocols.
+
+A plugin never imports another plugin: a NIC subkind that needs QEMU's monitor asks its context for `MONITOR` and
+gets whatever the hypervisor put there. A service that is not offered is a clear error, and a reason to decline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+
+from understudy.errors import StateError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator, Mapping
+    from contextlib import AbstractAsyncContextManager
+
+__all__ = ["CHANNELS", "MONITOR", "Channels", "Monitor", "MonitorEvent", "ServiceKey", "Services"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceKey(Generic[T]):
+    """The typed name under which a service is offered."""
+
+    name: str
+
+
+class Services:
+    """The services offered in one context.
+
+    Args:
+        offered: Pairs of key and service.
+    """
+
+    __slots__ = ("_offered",)
+
+    def __init__(self, *offered: tuple[ServiceKey[Any], object]) -> None:
+        self._offered = dict(offered)
+
+    def get(self, key: ServiceKey[T]) -> T:
+        """Return the service offered under `key`.
+
+        Raises:
+            StateError: Nobody offers it here.
+        """
+        try:
+            return cast("T", self._offered[key])
+        except KeyError:
+            known = ", ".join(sorted(k.name for k in self._offered)) or "none"
+            message = f"the service {key.name!r} is not offered by this hypervisor (offered: {known})"
+            raise StateError(message) from None
+
+    def has(self, key: ServiceKey[Any]) -> bool:
+        """Tell whether a service is offered under `key`."""
+        return key in self._offered
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorEvent:
+    """One event of a QMP monitor."""
+
+    name: str  #: e.g. ``"RESUME"``
+    data: Mapping[str, Any]
+    host_ns: int  #: when it happened by the host's realtime clock, nanoseconds
+
+
+class Monitor(Protocol):
+    """A QMP monitor of the guest's QEMU process; every call has a deadline."""
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:
+        """Run one QMP command and return its result.
+
+        Args:
+            command: QMP name, e.g. ``"object-add"``.
+            arguments: Its arguments; keys with ``-`` as in QMP.
+            timeout_s: Deadline in seconds, ``None`` for the monitor's default.
+
+        Raises:
+            HypervisorError: QEMU refused; its words are in the text.
+            MonitorSilent: No answer before the deadline; the monitor must be taken for dead.
+        """
+
+    async def supports(self, command: str, *members: str) -> bool:
+        """Tell by ``query-qmp-schema`` whether `command` exists and takes all of `members` (dotted paths)."""
+
+    async def give_fd(self, name: str, fd: int) -> None:
+        """Hand the file descriptor `fd` to QEMU under `name` (``getfd``); the caller keeps its own copy."""
+
+    def events(self, *names: str) -> AbstractAsyncContextManager[AsyncIterator[MonitorEvent]]:
+        """Subscribe to the events `names` (all if none) from the moment the context is entered."""
+
+
+class Channels(Protocol):
+    """Plain byte streams between the two hosts, made by the agents; TCP_NODELAY is set on both ends."""
+
+    async def connect(self, name: str, *, timeout_s: float) -> socket.socket:
+        """Return a connected, blocking-mode socket to the other host's `accept` of the same `name`."""
+
+    async def accept(self, name: str, *, timeout_s: float) -> socket.socket:
+        """Return the socket of the other host's `connect` of the same `name`."""
+
+
+MONITOR: ServiceKey[Monitor] = ServiceKey("monitor")
+CHANNELS: ServiceKey[Channels] = ServiceKey("channels")
