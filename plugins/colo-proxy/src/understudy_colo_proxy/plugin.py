@@ -1,0 +1,17 @@
+"""The entry point: what this distribution offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from understudy.device import Subkind
+from understudy.hookspecs import hookimpl
+from understudy_colo_proxy.subkind import COLO_PROXY
+
+__all__ = ["understudy_subkinds"]
+
+
+@hookimpl
+def understudy_subkinds() -> Iterable[Subkind]:
+    """Offer ``colo-proxy``."""
+    return (COLO_PROXY,)
