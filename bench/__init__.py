@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench` measures, prints a table and writes bench.json."""
