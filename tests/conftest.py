@@ -1,0 +1,19 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import signal
+
+from hypothesis import settings
+
+from tests.testbeds.rounds import rounds
+
+# No deadline for an example: the machine's other work is not the example's fault. What falsified a property is
+# printed in a form that repeats it.
+settings.register_profile("understudy", max_examples=rounds(100, 2000), deadline=None, print_blob=True)
+settings.load_profile("understudy")
+
+# A shell that runs the tests in the background ignores SIGINT, and everything that the tests start would ignore it
+# too; but Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
