@@ -8,6 +8,8 @@ from hypothesis import settings
 
 from tests.testbeds.rounds import rounds
 
+pytest_plugins = ("tests.testbeds.kernel.plugin",)
+
 # No deadline for an example: the machine's other work is not the example's fault. What falsified a property is
 # printed in a form that repeats it.
 settings.register_profile("understudy", max_examples=rounds(100, 2000), deadline=None, print_blob=True)

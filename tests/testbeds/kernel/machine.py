@@ -1,0 +1,247 @@
+"""One kernel of the bed: a process group outside, one command inside, and what is left of both afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel"]
+
+PROGRAM: Final = "linux.uml"
+MODULES: Final = Path("/usr/lib/uml/modules")
+INIT: Final = Path(__file__).with_name("init")
+INSIDE: Final = "UNDERSTUDY_BED"  #: environment variable that is ``kernel`` for everything that runs inside
+MEMORY_MIB: Final = 512
+TAIL_LINES: Final = 40
+
+
+class KernelDied(RuntimeError):
+    """The kernel ended before its command did; the message ends with the tail of its console."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A network interface ``vec<N>`` of the guest.
+
+    Args:
+        end: one end of a datagram or seqpacket socket pair, a frame a packet; the caller's to close.
+        mac: the interface's address.
+        mtu: of the interface, bytes.
+    """
+
+    end: socket.socket
+    mac: str
+    mtu: int = 1500
+
+
+def missing_for_kernel() -> list[str]:
+    """Return what the kernel bed lacks here."""
+    missing = []
+    if shutil.which(PROGRAM) is None or not MODULES.is_dir():
+        missing.append(f"the program {PROGRAM} and its modules (user-mode-linux)")
+    if not Path("/bin/busybox").exists():
+        missing.append("/bin/busybox (busybox-static)")
+    return missing + [f"the program {name}" for name in ("modprobe", "ip") if shutil.which(name) is None]
+
+
+def memory_directory(memory_mib: int) -> str:
+    """Return where the guest's memory, one unlinked file, is best kept: a file system in memory with room for it."""
+    for place in ("/dev/shm", "/run", "/tmp"):  # noqa: S108 - places to look at; the file has no name
+        with suppress(OSError):
+            found = os.statvfs(place)
+            runs_code = not found.f_flag & os.ST_NOEXEC
+            if runs_code and os.access(place, os.W_OK) and found.f_bavail * found.f_frsize > memory_mib << 20:
+                return place
+    return tempfile.gettempdir()
+
+
+class Machine:
+    """A booted kernel that runs one command as root and powers off.
+
+    Args:
+        command: what to run inside, found there on PATH.
+        cwd: where inside; a directory of the host.
+        env: environment of the command besides the bed's own.
+        memory_mib: of the guest; taken from a tmpfs as it is used.
+        hostname: of the guest.
+        shared: directories of the host that the guest may write besides its run directory.
+        wires: its network interfaces.
+        terminal: file descriptors that the command reads and writes as a terminal, -1 for nothing to read; by default
+            its output goes to the console.
+        directory: where the run directory is made.
+
+    Guarantees:
+        After `close` no process and no file of it is left. When this process dies the guest powers off by itself.
+
+    Source:
+        Documentation/virt/uml/user_mode_linux_howto_v2.rst, arch/um/drivers/chan_user.c, arch/um/drivers/vector_user.c.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        memory_mib: int = MEMORY_MIB,
+        hostname: str = "bed",
+        shared: Iterable[Path] = (),
+        wires: Sequence[Wire] = (),
+        terminal: tuple[int, int] | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.run = Path(tempfile.mkdtemp(prefix="understudy-bed-", dir=directory))
+        self._console = self.run / "console"
+        environment = {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            "TMPDIR": "/run/tmp",
+            "BED_RUN": str(self.run),
+            INSIDE: "kernel",
+            # The root is an overlay in memory: compiled modules would only fill it.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            # Without udev dmsetup waits for ever for a cookie that nobody returns.
+            "DM_DISABLE_UDEV": "1",
+        } | dict(env or {})
+        words = ["exec", "env", "-i", *(f"{key}={value}" for key, value in environment.items()), *command]
+        lines = [f"cd {shlex.quote(str(cwd or Path.cwd()))}", shlex.join(words)]
+        if terminal is not None:
+            lines.insert(
+                0, "exec /bin/busybox setsid -c /bin/sh -c '. $BED_RUN/in-terminal' <>/dev/tty1 >&0 2>&1"
+            )
+            mode = "sane" if os.isatty(terminal[1]) else "raw"
+            (self.run / "in-terminal").write_text("\n".join([f"/bin/busybox stty {mode}", *lines[1:]]) + "\n")
+        (self.run / "command").write_text("\n".join(lines) + "\n")
+        places = " ".join(str(place) for place in shared)
+        (self.run / "settings").write_text(
+            f"BED_HOSTNAME={shlex.quote(hostname)}\nBED_SHARED={shlex.quote(places)}\n"
+        )
+        self.line, serial = socket.socketpair()
+        self._life, lifeline = socket.socketpair()
+        try:
+            self._process = self._start(memory_mib, terminal, serial, lifeline, wires)
+        except BaseException:
+            self._life.close()
+            self.line.close()
+            shutil.rmtree(self.run, ignore_errors=True)
+            raise
+        finally:
+            serial.close()
+            lifeline.close()
+
+    def _start(
+        self,
+        memory_mib: int,
+        terminal: tuple[int, int] | None,
+        serial: socket.socket,
+        lifeline: socket.socket,
+        wires: Sequence[Wire],
+    ) -> subprocess.Popen[bytes]:
+        passed = [serial.fileno(), lifeline.fileno(), *(wire.end.fileno() for wire in wires)]
+        arguments = [
+            f"mem={memory_mib}M",
+            *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"),
+            f"init={INIT}",
+            f"BED_RUN={self.run}",
+            *("umid=bed", f"uml_dir={self.run}"),
+            *("con=null", "con0=null,fd:1"),
+            *("ssl=null", f"ssl0=fd:{serial.fileno()}", f"ssl1=fd:{lifeline.fileno()}"),
+            *("quiet", "loglevel=4"),
+        ]
+        copies = []
+        if terminal is not None:
+            # Copies, because 0 and 1 of the kernel are its console.
+            copies = [os.dup(each) for each in terminal if each >= 0]
+            readable = "null" if terminal[0] < 0 else f"fd:{copies[0]}"
+            arguments.append(f"con1={readable},fd:{copies[-1]}")
+        for number, wire in enumerate(wires):
+            arguments.append(
+                f"vec{number}:transport=fd,fd={wire.end.fileno()},depth=64,mtu={wire.mtu},mac={wire.mac}"
+            )
+        with ExitStack() as stack:
+            for copy in copies:
+                stack.callback(os.close, copy)
+            console = stack.enter_context(self._console.open("wb"))
+            return subprocess.Popen(
+                [PROGRAM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                # The memory file is made in TMPDIR; a disk would be written to all the time.
+                env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": memory_directory(memory_mib)},
+                pass_fds=[*passed, *copies],
+                # One group for the kernel and what it starts: killed alone it leaves two processes behind.
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the kernel still runs."""
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the kernel, and id of its process group."""
+        return self._process.pid
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait until the kernel has powered off and return the command's exit status.
+
+        Args:
+            timeout_s: seconds to wait; afterwards the kernel is killed.
+
+        Raises:
+            KernelDied: it ended without its command, or was killed because the time was over.
+        """
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise self.died(f"was killed: its command did not end within {timeout_s:g} s") from None
+        try:
+            return int((self.run / "rc").read_text())
+        except FileNotFoundError:
+            raise self.died("died before its command ended") from None
+
+    def died(self, what: str) -> KernelDied:
+        """Return the error that says what became of the kernel, with the tail of its console."""
+        return KernelDied(f"the kernel of the bed {what}; the end of its console:\n{self.console_tail()}")
+
+    def console(self) -> str:
+        """Return what the kernel and everything on its console said."""
+        text = self._console.read_text(errors="replace")
+        return re.sub(r"\x1b\[[0-9;]*m", "", text.replace("\r\n", "\n"))
+
+    def console_tail(self, lines: int = TAIL_LINES) -> str:
+        """Return the last lines of the console."""
+        return "\n".join(self.console().splitlines()[-lines:]) or "(nothing)"
+
+    def kill(self) -> None:
+        """Kill the process group: to the guest and its peers, the crash of a host."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def close(self, *, keep: bool = False) -> None:
+        """Kill the kernel if it runs, and remove its run directory unless it shall be kept for a look at it."""
+        self.kill()
+        # A kernel that crashed by itself may have left members of its group.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self.line.close()
+        self._life.close()
+        if not keep:
+            shutil.rmtree(self.run, ignore_errors=True)
