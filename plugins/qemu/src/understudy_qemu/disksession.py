@@ -83,6 +83,7 @@ class DiskSession:
         self._since_ns = time.time_ns()
         self._server = asyncio.Lock()
         self._port = 0
+        self._cut = False  # no client reaches its server any more
         self._asking: asyncio.Future[str] | None = None
 
     @property
@@ -286,9 +287,14 @@ class DiskSession:
         """
         sock = await _connected(host, port, timeout_s)
         name = f"understudy-{node}"
+        # Before QEMU has it: a cut that comes in the middle of this must find it, or QEMU would hang in the handshake.
+        self._clients[node] = sock
         try:
+            if self._cut:
+                raise HypervisorError(
+                    f"no connection to the disk export at {host} port {port} any more: it is cut"
+                )
             await self.monitor.give_fd(name, sock.fileno())
-            self._clients[node] = sock
             # A server that falls silent in the handshake would hold QEMU's main loop: cut it off before that.
             alarm = asyncio.get_running_loop().call_later(timeout_s, _shut, sock)
             try:
@@ -299,15 +305,20 @@ class DiskSession:
                 alarm.cancel()
             self._watch_for_hangup(node, sock)
         except BaseException:
-            self.forget_client(node)
+            # Also when this was cancelled: QEMU may be in the handshake, and only the cut ends its waiting.
             _shut(sock)
-            sock.close()
+            self.forget_client(node)
             # QEMU keeps a descriptor that it was given and never used.
             await finish(self.monitor.execute("closefd", {"fdname": name}), expected=CommandRefused)
             raise
 
     def cut_clients(self) -> None:
-        """Cut all NBD clients off their server at once; needs no monitor. Their I/O fails from now on."""
+        """Cut all NBD clients off their server at once; needs no monitor.
+
+        Guarantees:
+            Their I/O fails from now on, and no other client is let in.
+        """
+        self._cut = True
         for node, sock in self._clients.items():
             self._ignore_hangup(node)
             _shut(sock)
