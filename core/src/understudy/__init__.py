@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from understudy.device import ReplicationMode as ReplicationMode
     from understudy.device import Severity as Severity
     from understudy.device import Subkind as Subkind
+    from understudy.device import SweepContext as SweepContext
     from understudy.device import Verdict as Verdict
     from understudy.errors import UnderstudyError as UnderstudyError
     from understudy.hookspecs import hookimpl as hookimpl
@@ -43,6 +44,7 @@ _HOMES = {
         "Kind",
         "Mode",
         "ReplicationMode",
+        "SweepContext",
         "Verdict",
         "Gate",
         "Peer",

@@ -36,6 +36,7 @@ __all__ = [
     "ReplicationMode",
     "Severity",
     "Subkind",
+    "SweepContext",
     "Verdict",
     "no_progress",
 ]
@@ -174,6 +175,15 @@ class OpenContext:
     bwlimit_bytes_per_s: int = 0  #: upper bound for initial copies, 0 = none
 
 
+@dataclass(frozen=True, slots=True)
+class SweepContext:
+    """What a subkind's `sweep` gets: the guest that a dead agent left, and what may become of its output."""
+
+    guest: str
+    devices: Sequence[DeviceInfo]  #: all devices of the guest, of any kind
+    verdict: Verdict  #: whether output that is still held may leave
+
+
 class ProtectedDevice:
     """One device under protection, on one side. A phase left alone costs nothing.
 
@@ -271,6 +281,11 @@ class Subkind:
     raises (mine and broken: the search stops). An `open` that raises or is cancelled has removed what it made: nobody
     else knows of it. `probe` answers the same question for the preflight without any
     side effect: findings (mine, and what is wrong or worth knowing), or a `Decline`.
+
+    `sweep` is the janitor: it removes what devices of this subkind left on this host when their agent died, and returns
+    a sentence for each thing done. It is called only once a verdict stands: KEEP when the record says ``alone`` and
+    this host is the owner, DISCARD when the guest does not live here. Above a guest that runs undecided nothing is
+    swept. It must find its traces by itself, must be harmless when there are none, and is repeated when it raises.
     """
 
     name: str  #: shown in logs and errors, e.g. ``"drbd"``
@@ -282,3 +297,6 @@ class Subkind:
     options: type | None = None  #: frozen dataclass with units in its field names and defaults for all fields
     needs: frozenset[Gate] = frozenset()  #: gates it needs the hypervisor to have in every mode it serves
     hypervisors: frozenset[str] = frozenset()  #: names of hypervisors it works on; empty = any
+    sweep: Callable[[SweepContext], Awaitable[Sequence[str]]] | None = (
+        None  #: ``None``: it leaves no traces of its own
+    )

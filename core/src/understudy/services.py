@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
-__all__ = ["CHANNELS", "MONITOR", "Channels", "Monitor", "MonitorEvent", "ServiceKey", "Services"]
+__all__ = [
+    "CHANNELS",
+    "GUEST_PAUSE",
+    "MONITOR",
+    "PACE",
+    "Channels",
+    "GuestPause",
+    "Monitor",
+    "MonitorEvent",
+    "Pace",
+    "ServiceKey",
+    "Services",
+]
 
 T = TypeVar("T")
 
@@ -57,6 +69,12 @@ class Services:
         """Tell whether a service is offered under `key`."""
         return key in self._offered
 
+    def plus(self, *offered: tuple[ServiceKey[Any], object]) -> Services:
+        """Return these services and `offered`, which go before services of the same key."""
+        both = Services()
+        both._offered = self._offered | dict(offered)
+        return both
+
 
 @dataclass(frozen=True, slots=True)
 class MonitorEvent:
@@ -95,6 +113,31 @@ class Monitor(Protocol):
         """Subscribe to the events `names` (all if none) from the moment the context is entered."""
 
 
+class Pace(Protocol):
+    """When the next checkpoint begins; offered by the engine on the primary where it is the one who decides."""
+
+    def hurry(self) -> None:
+        """Have the next checkpoint begin at once instead of at its time; returns immediately, may be called often.
+
+        For a device that cannot hold the guest's output much longer. Asked for while a checkpoint is under way, it is
+        the next one that begins without delay.
+        """
+
+
+class GuestPause(Protocol):
+    """Stops the guest between two checkpoints.
+
+    Offered by hypervisors that let the guest run on before its checkpoint is acknowledged. Where the guest waits for
+    the acknowledgement anyway (QEMU), a hurried checkpoint stops it as soon.
+    """
+
+    async def pause(self) -> None:
+        """Stop the guest; it may be stopped already."""
+
+    async def proceed(self) -> None:
+        """Let it run again, unless something else keeps it stopped."""
+
+
 class Channels(Protocol):
     """Plain byte streams between the two hosts, made by the agents; TCP_NODELAY is set on both ends."""
 
@@ -107,3 +150,5 @@ class Channels(Protocol):
 
 MONITOR: ServiceKey[Monitor] = ServiceKey("monitor")
 CHANNELS: ServiceKey[Channels] = ServiceKey("channels")
+PACE: ServiceKey[Pace] = ServiceKey("pace")
+GUEST_PAUSE: ServiceKey[GuestPause] = ServiceKey("guest-pause")

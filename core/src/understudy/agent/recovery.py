@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from understudy.agent.tenure import RECOVERY, RUNNING_HERE
 from understudy.arbiter import RecordState
+from understudy.device import SweepContext, Verdict
 from understudy.errors import ArbiterUnavailable, GuestBusy, UnderstudyError
 from understudy.hypervisor import GuestState
 from understudy.phases import first_failure, in_words
@@ -131,9 +131,29 @@ class Recovery:
     async def _clean(
         self, tenure: Tenure, config: GuestConfig, hypervisor: Hypervisor, record: Record | None
     ) -> None:
-        done: Sequence[str] = await hypervisor.sweep(config, record)
-        for sentence in done:
-            self._agent.telling.event(tenure.name, "janitor", {"detail": sentence})
+        done: list[str] = []
+        try:
+            done += await hypervisor.sweep(config, record)
+            done += await self._sweep_devices(config, hypervisor, record)
+        finally:
+            for sentence in done:
+                self._agent.telling.event(tenure.name, "janitor", {"detail": sentence})
+
+    async def _sweep_devices(
+        self, config: GuestConfig, hypervisor: Hypervisor, record: Record | None
+    ) -> list[str]:
+        sweepers = [subkind.sweep for subkind in self._agent.subkinds() if subkind.sweep is not None]
+        if not sweepers:
+            return []
+        # Above a guest that lives here without `alone` every gate stays; where none lives, nothing can be let out.
+        if record is not None and record.state is RecordState.ALONE and record.owner == self._agent.host:
+            verdict = Verdict.KEEP
+        elif await hypervisor.state(config) is GuestState.ABSENT:
+            verdict = Verdict.DISCARD
+        else:
+            return []
+        context = SweepContext(config.name, config.devices, verdict)
+        return [sentence for sweep in sweepers for sentence in await sweep(context)]
 
     async def _resume(
         self, tenure: Tenure, config: GuestConfig, hypervisor: Hypervisor, record: Record | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from understudy.errors import HypervisorError, StateError
@@ -50,7 +51,12 @@ class Epochs:
         self._checkpoint: Checkpoint | None = None
         self._resumed_ns = 0
         self._ran_since_s = asyncio.get_running_loop().time()  # about when the guest ran again
+        self._hurried = asyncio.Event()
         self.committed = 0  #: number of epochs released
+
+    def hurry(self) -> None:
+        """Have the next checkpoint begin at once instead of at its time. As `understudy.services.Pace.hurry`."""
+        self._hurried.set()
 
     async def take(self, epoch: int) -> bool:
         """Make the checkpoint that ends `epoch`, when its time has come, and see it acknowledged by both sides.
@@ -62,8 +68,7 @@ class Epochs:
             Exception: Nothing was acknowledged: the stream broke, or a device on either side reported an error.
         """
         if self._policy is not None:
-            run_s = self._policy.next_ms(self._last) / 1e3
-            await asyncio.sleep(run_s - (asyncio.get_running_loop().time() - self._ran_since_s))
+            await self._until_due(self._policy.next_ms(self._last) / 1e3)
         # A hypervisor that takes checkpoints by itself may take its time before it does.
         limit_s = self._around.limits.checkpoint_s if self._domain.paced else None
         limit = asyncio.timeout(limit_s)
@@ -116,6 +121,14 @@ class Epochs:
         await self._both("postresume", epoch, self._group.postresume)
 
     # --- Private -------------------------------------------------------------------------------------------------
+
+    async def _until_due(self, run_s: float) -> None:
+        # Until the guest has run for so long, or a device cannot wait.
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._ran_since_s + run_s):
+                await self._hurried.wait()
+        # From here on it is about what the guest sends in the next epoch.
+        self._hurried.clear()
 
     async def _ask_errors(self, _: int) -> None:
         await self._group.get_error_all()

@@ -16,6 +16,7 @@ from understudy.engine.stall import unless_stalled
 from understudy.errors import HypervisorError, NotReplicating, PeerError, StateError, UnderstudyError
 from understudy.hypervisor import DomainEventKind
 from understudy.phases import first_failure
+from understudy.services import PACE
 from understudy.session import effects as do
 from understudy.session import events as on
 
@@ -113,7 +114,7 @@ class PrimarySession(Driver):
             around,
             ReplicationMode.PRIMARY,
             effect.session,
-            domain.services,
+            domain.services.plus((PACE, self)) if domain.paced else domain.services,
             domain.gates,
             way,
             progress=self._progress,
@@ -159,6 +160,11 @@ class PrimarySession(Driver):
         self.around.telling.progress(self.guest, what, done_bytes, total_bytes)
 
     # --- The cycle -----------------------------------------------------------------------------------------------
+
+    def hurry(self) -> None:
+        """Have the next checkpoint begin at once. As `understudy.services.Pace.hurry`."""
+        if self.epochs is not None:
+            self.epochs.hurry()
 
     async def _ask_checkpoint(self, effect: do.AskCheckpoint) -> None:
         self._checkpoint = self.begin(effect, self._checkpointing(effect.epoch))
