@@ -319,7 +319,7 @@ class FakeNic(ProtectedDevice):
             raise OSError("it does not stop")
 
     async def teardown(self, verdict: Verdict) -> None:
-        if "teardown" in self.world.fail:
+        if self.world.fail & {"teardown", f"teardown of the {self.key[0]}"}:
             raise OSError("the gate does not open")
         self.world.open_devices.remove(self.key)
 
@@ -340,6 +340,9 @@ class FakePlugin:
     @hookimpl
     def understudy_subkinds(self) -> Sequence[Subkind]:
         async def open_nic(context: OpenContext) -> ProtectedDevice:
+            if f"open {context.device.name} of the {context.side.value}" in self.world.fail:
+                await asyncio.sleep(0)  # its siblings come first
+                raise OSError(f"{context.device.name} cannot be opened")
             return FakeNic(self.world, (context.side.value, context.device.name))
 
         async def probe(context: ProbeContext) -> Sequence[Finding]:

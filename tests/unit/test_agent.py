@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.testbeds.twoagents import TwoHosts, errors_of, two_hosts
+from understudy.agent.faults import describe
 from understudy.device import Finding, Severity
 from understudy.errors import (
     ArbiterUnavailable,
     ConfigError,
     GuestBusy,
     GuestNotFound,
+    PeerError,
     PreflightFailed,
     StateError,
 )
@@ -220,6 +222,32 @@ async def test_a_failed_protect_tells_the_first_cause_and_leaves_both_hosts_clea
         assert hosts.world.state("beta", "web") is GuestState.ABSENT
         assert hosts.world.open_devices == []
         hosts.world.fail.clear()
+        assert (await hosts.call("alpha", "protect", guest="web"))["state"] == "protected"
+
+
+@pytest.mark.parametrize("side", ["primary", "secondary"])
+async def test_what_a_failed_protect_cannot_undo_is_told_and_undone_later(tmp_path: Path, side: str) -> None:
+    async with two_hosts(tmp_path) as hosts:
+        for host in ("alpha", "beta"):
+            hosts.write_guest(host, "web", extra="nics = 2\n")
+        await hosts.call("alpha", "start", guest="web")
+        hosts.world.fail |= {f"open nic1 of the {side}", f"teardown of the {side}"}
+        protecting = asyncio.create_task(hosts.call("alpha", "protect", guest="web"))
+        host = "alpha" if side == "primary" else "beta"
+        history = hosts.agents[host].history
+        await hosts.until(
+            lambda: any("the gate does not open" in str(event) for event in history.read("web"))
+        )
+        assert (side, "nic0") in hosts.world.open_devices
+        assert hosts.world.running("web") == ["alpha"]
+        hosts.world.fail.clear()
+        with pytest.raises((ExceptionGroup, PeerError)) as caught:
+            await protecting
+        told = describe(caught.value)
+        assert "nic1 cannot be opened" in told["message"]
+        if side == "primary":
+            assert any("the gate does not open" in each for each in told["also"])
+        await hosts.until(lambda: hosts.world.open_devices == [])
         assert (await hosts.call("alpha", "protect", guest="web"))["state"] == "protected"
 
 

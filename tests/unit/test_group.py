@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.unit.device_fakes import FakeDevice, FakeWorld, deaf, fails, takes
+from understudy import opening
 from understudy.device import Kind, Mode, OpenContext, ProtectedDevice, ReplicationMode, Subkind, Verdict
 from understudy.errors import ConfigError, DeviceError, PhaseTimeout, StateError
 from understudy.group import DeviceGroup
@@ -118,6 +119,37 @@ async def test_the_setup_error_leads_what_failed_while_undoing_it() -> None:
 
 
 @in_virtual_time
+async def test_what_a_failed_setup_leaves_is_torn_down_by_the_next_teardown() -> None:
+    world = FakeWorld({"a": {"teardown": fails("not yet")}, "b": {}, "c": {"open": fails("first", 1)}})
+    group = DeviceGroup(world.setup())
+    with pytest.raises(ExceptionGroup):
+        await group.new()
+    with pytest.raises(ExceptionGroup, match="not yet"):
+        await group.teardown(Verdict.KEEP)
+    del world.scripts["a"]["teardown"]
+    await group.teardown(Verdict.DISCARD)  # the verdict of the setup stands
+    await group.teardown(Verdict.KEEP)
+    torn = [entry for entry in world.journal.of("a") if entry.startswith("teardown")]
+    assert torn == ["teardown keep", "teardown keep", "teardown keep", "teardown done"]
+    assert world.journal.of("b").count("teardown keep") == 1
+    assert world.journal.of("c") == ["open"]
+
+
+@in_virtual_time
+async def test_what_a_cancelled_setup_leaves_is_torn_down_by_the_next_teardown() -> None:
+    world = FakeWorld({"a": {"teardown": fails("not yet")}, "b": {"open": takes(99)}})
+    group = DeviceGroup(world.setup(side=SECONDARY))
+    task = asyncio.ensure_future(group.new())
+    await asyncio.sleep(2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del world.scripts["a"]["teardown"]
+    await group.teardown(Verdict.DISCARD)
+    assert world.journal.of("a")[-2:] == ["teardown discard", "teardown done"]
+
+
+@in_virtual_time
 async def test_cancelled_setup_leaves_nothing_open_and_stays_a_cancellation() -> None:
     world = FakeWorld({"a": {"teardown": takes(1)}, "b": {"open": takes(99)}})
     group = DeviceGroup(world.setup())
@@ -178,6 +210,30 @@ async def test_an_open_that_would_not_end_is_torn_down_when_it_does() -> None:
     assert now() == 2
     await asyncio.sleep(300)
     assert world.journal.of("a")[-1] == "teardown done"
+
+
+@in_virtual_time
+async def test_an_open_that_would_not_end_is_torn_down_again_where_that_fails() -> None:
+    world = FakeWorld({"a": {"open": deaf(1200), "teardown": fails("not yet")}, "b": {"open": fails("boom")}})
+    with pytest.raises(ExceptionGroup):
+        await DeviceGroup.open(world.setup())
+    await asyncio.sleep(202)
+    assert 1 < world.journal.of("a").count("teardown keep") < opening.LATE_TRIES
+    del world.scripts["a"]["teardown"]
+    await asyncio.sleep(2)
+    assert world.journal.of("a")[-1] == "teardown done"
+
+
+def test_what_an_open_that_would_not_end_leaves_for_good_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        scripts = {"a": {"open": deaf(1200), "teardown": deaf(9999)}, "b": {"open": fails("boom")}}
+        with pytest.raises(ExceptionGroup):
+            await DeviceGroup.open(FakeWorld(scripts).setup())
+        await asyncio.sleep(1000)
+        assert "could not be torn down" in caplog.text
+        await asyncio.sleep(9999)
+
+    clock.run(main())
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,14 @@ class DeviceGroup:
         self._took_ns: dict[str, int] = {}
         self._counting: list[Member] = []
         self._ending: asyncio.Task[None] | None = None
-        self._left: list[Member] = []  # not torn down yet, once that was asked for
         self._verdict = Verdict.DISCARD
 
     @classmethod
     async def open(cls, setup: GroupSetup) -> DeviceGroup:
-        """Make a group and set it up in one go, where nobody needs to `serve` meanwhile. As `new`."""
+        """Make a group and set it up in one go, where nobody needs to `serve` meanwhile.
+
+        As `new`; but nobody can ask again for a teardown that failed.
+        """
         group = cls(setup)
         await group.new()
         return group
@@ -123,9 +125,10 @@ class DeviceGroup:
 
         Guarantees:
             All devices are open, or, after a failure or cancellation, none is: those that were opened are torn down
-            in reverse, and the group is closed. The other devices are cancelled at the first failure, because an
-            initial copy may take hours. The guest is as before: output held meanwhile leaves on the primary, whose
-            guest it is, and never on the secondary.
+            in reverse, and the group is closed; those whose teardown failed in its turn are asked again by
+            `teardown`. The other devices are cancelled at the first failure, because an initial copy may take hours.
+            The guest is as before: output held meanwhile leaves on the primary, whose guest it is, and never on the
+            secondary.
         """
         self._need(_State.MADE, "set up")
         self._state = _State.OPENING
@@ -133,6 +136,7 @@ class DeviceGroup:
             await self._opening.run()
         except BaseException:
             self._state = _State.CLOSED
+            self._verdict = self._opening.verdict
             raise
         self._resolve()
         self._state = _State.OPEN
@@ -252,11 +256,13 @@ class DeviceGroup:
 
         Guarantees:
             Every opened device is asked, also when the caller is cancelled; bounded by ``teardown_s`` and the grace.
-            Asking again waits for the end, then asks those that failed once more and no others.
+            Asking again, or after a setup that failed, waits for the end, then asks those that failed once more and no
+            others.
         """
         if self._state is _State.OPENING:
             raise StateError(f"guest {self.setup.guest} is being set up; cancel that, it cleans up by itself")
-        if self._ending is not None and verdict is not self._verdict:
+        left = self._opening.left
+        if (self._ending is not None or left) and verdict is not self._verdict:
             log.warning(
                 "guest %s: teardown(%s) after teardown(%s): the first verdict stands",
                 self.setup.guest,
@@ -267,13 +273,13 @@ class DeviceGroup:
             self._state = _State.CLOSED
             self._verdict = verdict
             self._opening.settle()
-            self._left = list(reversed(self._opening.opened))
+            left[:] = reversed(self._opening.opened)
         if self._ending is None or self._ending.done():
-            if not self._left:
+            if not left:
                 return
             ending = run_phase(
                 "teardown",
-                [member.step(functools.partial(self._tear_down_one, member)) for member in self._left],
+                [member.step(functools.partial(self._opening.tear_down, member)) for member in left],
                 self._verdict,
                 deadline_s=self.setup.deadlines.teardown_s,
                 grace_s=self.setup.deadlines.grace_s,
@@ -355,11 +361,6 @@ class DeviceGroup:
             if _overrides(member.device, "start")
         )
         self._counting = [member for member in opened if _overrides(member.device, "counters")]
-
-    async def _tear_down_one(self, member: Member, verdict: Verdict) -> None:
-        await member.opened.teardown(verdict)
-        if member in self._left:  # else one that had been left behind came to its end first
-            self._left.remove(member)
 
     async def _start_one(self, member: Member, side: ReplicationMode) -> None:
         await member.opened.start(side)

@@ -2,7 +2,8 @@
 
 What a failed setup leaves behind is the subtle part. A subkind whose `open` raises, or is cancelled, has cleaned up by
 itself (`understudy.testing.check_subkind` tries it at every await); what *was* opened is torn down here, in reverse;
-and an open that would not end is torn down when it does.
+and an open that would not end is torn down when it does. A teardown that fails in its turn is told after the setup
+error, and its device stays in `Opening.left` until a later teardown succeeds.
 
 Source: checkpoint_devices_setup and its failure path in tools/libs/light/libxl_remus.c, where the setup error is lost
 to the return code of the teardown.
@@ -39,6 +40,10 @@ from understudy.services import Services
 __all__ = ["GroupSetup", "Member", "Opening", "led_by", "shielded"]
 
 log = logging.getLogger(__name__)
+
+# How often a device that opened too late is torn down, and the time between, in seconds: nobody else knows of it.
+LATE_TRIES = 5
+LATE_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ class Opening:
         self.setup = setup
         self.members = {info.name: Member(info) for info in setup.devices}
         self.opened: list[Member] = []  #: in the order of time
+        self.left: list[Member] = []  #: not torn down yet, once that was asked for
         self._over = False
         self._moved_at = 0.0
         self._done_bytes: dict[str, int] = {}
@@ -130,6 +136,20 @@ class Opening:
             self.settle()
             raise led_by(error, await shielded(self._undo(), "undoing the setup")) from None
         self._over = True
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether output that is held may leave when the setup fails.
+
+        Setup begins from `alone`: until the first swap to `protected` the guest and its output are the primary's.
+        """
+        return Verdict.KEEP if self.setup.side is ReplicationMode.PRIMARY else Verdict.DISCARD
+
+    async def tear_down(self, member: Member, verdict: Verdict) -> None:
+        """Tear one device down; from then on it is not `left` any more."""
+        await member.opened.teardown(verdict)
+        if member in self.left:  # else a teardown that had been left behind came to its end first
+            self.left.remove(member)
 
     def settle(self) -> None:
         """Tell everybody who waits for a device that is not open that it never will be."""
@@ -176,7 +196,7 @@ class Opening:
         member.subkind = claimed.subkind.name
         if self._over:
             # It was left behind when its open would not end, and has ended now: nobody waits for it any more.
-            await claimed.device.teardown(self._verdict())
+            await self._tear_down_late(member, claimed.device)
             return
         member.device = claimed.device
         self.opened.append(member)
@@ -189,26 +209,39 @@ class Opening:
             self._moved_at = asyncio.get_running_loop().time()
         self.setup.progress(what, done_bytes, total_bytes)
 
-    def _verdict(self) -> Verdict:
-        # Setup begins from `alone`: until the first swap to `protected` the guest and its output are the primary's.
-        return Verdict.KEEP if self.setup.side is ReplicationMode.PRIMARY else Verdict.DISCARD
-
     async def _undo(self) -> None:
+        self.left = list(reversed(self.opened))
         failures: list[Exception] = []
-        limits = self.setup.deadlines
-        for member in reversed(self.opened):
+        for member in tuple(self.left):
             try:
-                await run_phase(
-                    "teardown",
-                    [member.step(member.opened.teardown)],
-                    self._verdict(),
-                    deadline_s=limits.teardown_s,
-                    grace_s=limits.grace_s,
-                )
+                await self._run_teardown(member.step(functools.partial(self.tear_down, member)))
             except ExceptionGroup as group:
                 failures += group.exceptions
         if failures:
             raise ExceptionGroup("teardown after a failed setup failed, too", failures)
+
+    async def _tear_down_late(self, member: Member, device: ProtectedDevice) -> None:
+        for tries in range(LATE_TRIES):
+            if tries:
+                await asyncio.sleep(LATE_RETRY_S)
+            try:
+                await self._run_teardown(member.step(device.teardown))
+            except ExceptionGroup as group:
+                log.warning("after an open that ended too late: %s", group.exceptions[0])
+            else:
+                return
+        log.error(
+            "guest %s: device %s (%s) opened too late and could not be torn down; what it made is left on this host",
+            self.setup.guest,
+            member.info.name,
+            member.subkind,
+        )
+
+    async def _run_teardown(self, step: Step) -> None:
+        limits = self.setup.deadlines
+        await run_phase(
+            "teardown", [step], self.verdict, deadline_s=limits.teardown_s, grace_s=limits.grace_s
+        )
 
 
 async def shielded(work: Awaitable[None], what: str) -> ExceptionGroup[Exception] | None:

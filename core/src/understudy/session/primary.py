@@ -138,8 +138,9 @@ RUNNING: Final = {
     on.GuestGone: (go(S.OFF, guest_dead, first_cause, discard, report("guest-gone")),),
     on.Failed: (
         go(S.OFF, guest_dead, first_cause, discard, report("start-failed"), when=failed_is(do.StartGuest)),
-        stay(report("failed"), run_on, when=failed_is(do.CutStream, do.ContinueGuest)),
-        stay(report("failed"), perform(do.OpenGate()), when=failed_is(do.OpenGate)),
+        # What failed cut off the rest of its row: the other host is told first, whatever fails again here.
+        stay(report("failed"), ended, run_on, when=failed_is(do.CutStream, do.ContinueGuest)),
+        stay(report("failed"), ended, perform(do.OpenGate()), when=failed_is(do.OpenGate)),
         stay(report("failed")),
     ),
     **ignoring(
