@@ -5,14 +5,14 @@ when QEMU dies (persistent), so that it can be taken off its bridge before anyth
 address of its own, so that the host says nothing to the guest; and its MAC is high, so that the bridge does not take
 it for its own.
 
-Calls into the kernel's network may wait for a lock that somebody else holds; they run in a thread, with a deadline.
+Calls into the kernel's network may wait for a lock that somebody else holds; they run in threads of their own, with a
+deadline, and one that hangs holds up neither the others nor the end of the agent (`understudy.threads`).
 
 Source: Linux Documentation/networking/tuntap.rst; include/uapi/linux/{if_tun,rtnetlink,if_link}.h.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import hashlib
@@ -20,12 +20,12 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from understudy.errors import HypervisorError
+from understudy.threads import TimedThreads
 
 __all__ = [
     "close_way_out",
@@ -41,7 +41,7 @@ __all__ = [
 T = TypeVar("T")
 
 DEADLINE_S: Final = 5.0
-_threads = ThreadPoolExecutor(4, thread_name_prefix="understudy-network")
+_threads = TimedThreads("network")
 
 # if_tun.h
 _TUNSETIFF: Final = 0x400454CA
@@ -145,12 +145,10 @@ async def is_bridge(name: str) -> bool:
 
 
 async def _in_thread(what: str, call: Callable[..., T], *arguments: Any) -> T:
-    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(DEADLINE_S):
-            return await loop.run_in_executor(_threads, call, *arguments)
-    except TimeoutError:
-        raise HypervisorError(f"cannot {what}: the kernel did not answer within {DEADLINE_S:g} s") from None
+        return await _threads.run(call, *arguments, timeout_s=DEADLINE_S)
+    except TimeoutError as error:
+        raise HypervisorError(f"cannot {what}: the kernel does not answer ({error})") from error
     except OSError as error:
         raise HypervisorError(f"cannot {what}: {error.strerror}") from error
 
