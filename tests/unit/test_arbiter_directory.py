@@ -129,35 +129,6 @@ async def test_debris_is_ignored_and_old_debris_removed(tmp_path: Path) -> None:
     assert await arbiter.read("web") == current
 
 
-async def test_forget_and_come_back_with_rising_generations(tmp_path: Path) -> None:
-    arbiter = DirectoryArbiter(tmp_path)
-    _, one = await arbiter.swap(None, first())
-    assert one is not None
-    assert await arbiter.forget(one, attempt="f")
-    assert await arbiter.forget(one, attempt="f")
-    assert await arbiter.read("web") is None
-    assert await arbiter.guests() == []
-    won, late = await arbiter.swap(one, following(one, attempt="2"))
-    assert not won
-    assert late is None
-    won, again = await arbiter.swap(None, first(attempt="3", host="beta"))
-    assert won
-    assert again is not None
-    assert again.generation == 3
-    assert not await arbiter.forget(one, attempt="f2")
-
-
-async def test_forget_refuses_a_protected_guest(tmp_path: Path) -> None:
-    arbiter = DirectoryArbiter(tmp_path)
-    _, one = await arbiter.swap(None, first())
-    _, two = await arbiter.swap(
-        one, following(one, state=RecordState.PROTECTED, standby="beta", session="s", attempt="2")
-    )
-    assert two is not None
-    with pytest.raises(ArbiterError, match="only a guest that is alone or stopped"):
-        await arbiter.forget(two, attempt="f")
-
-
 async def test_a_hung_directory_is_no_answer_and_holds_nobody_up(tmp_path: Path) -> None:
     # A FIFO in the place of a record: opening it blocks in the kernel, as a dead NFS server does.
     directory = tmp_path / "g-web"
@@ -182,7 +153,7 @@ async def test_a_hung_directory_is_no_answer_and_holds_nobody_up(tmp_path: Path)
     (directory / f"{1:020d}.json").unlink()
     (directory / "real").rename(directory / f"{1:020d}.json")
     arbiter.timeout_s = 5.0
-    while arbiter._hung:  # noqa: ASYNC110 - threads, not tasks, are waited for
+    while arbiter._threads.hung:  # noqa: ASYNC110 - threads, not tasks, are waited for
         await asyncio.sleep(0.005)
     assert await arbiter.read("web") is not None
 
@@ -209,7 +180,7 @@ async def test_calls_that_were_given_up_count_as_hung(tmp_path: Path) -> None:
     handle = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
     fifo.unlink()
     os.close(handle)
-    while arbiter._hung:  # noqa: ASYNC110 - threads, not tasks, are waited for
+    while arbiter._threads.hung:  # noqa: ASYNC110 - threads, not tasks, are waited for
         await asyncio.sleep(0.005)
 
 

@@ -264,7 +264,7 @@ _CONDITIONS: Final[tuple[Callable[[Record | None, Record], str], ...]] = (
 class Arbiter(ABC):
     """The third party that both hosts ask. One object per agent; all methods may run concurrently.
 
-    An implementation provides `read`, `exchange`, `bury`, `history` and `close`; callers use `swap` and `forget`.
+    An implementation provides `read`, `exchange`, `history`, `guests` and `close`; callers use `swap`.
     Every method either answers or raises `ArbiterUnavailable` within its own deadline, also when the service hangs.
     """
 
@@ -302,28 +302,6 @@ class Arbiter(ABC):
     @abstractmethod
     async def exchange(self, expected: Record | None, desired: Record) -> SwapResult:
         """Carry out `swap`, whose change has been checked."""
-
-    async def forget(self, expected: Record, *, attempt: str) -> bool:
-        """Give a guest's record up: afterwards any host may take the guest as a new one.
-
-        Args:
-            expected: The record that counts, state ``alone`` or ``stopped``; the guest must be off for good.
-            attempt: Identity of this call, so that a repeat is harmless.
-
-        Returns:
-            Whether the guest has no record now; ``False`` if something changed it in between.
-
-        Raises:
-            IllegalChange: The guest is protected or about to be promoted.
-            ArbiterUnavailable: No answer; repeat.
-        """
-        if expected.state not in {_S.ALONE, _S.STOPPED}:
-            raise IllegalChange(f"{expected}: only a guest that is alone or stopped can be forgotten")
-        return await self.bury(expected, attempt)
-
-    @abstractmethod
-    async def bury(self, expected: Record, attempt: str) -> bool:
-        """Carry out `forget`, which has been checked. Generations go on rising if the guest comes back."""
 
     @abstractmethod
     async def history(self, guest: str) -> Sequence[Record]:

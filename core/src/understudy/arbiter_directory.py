@@ -22,21 +22,17 @@ no lock, no rename over an existing name, and no moment at which a reader can se
 * *Freshness.* A reader creates and removes a temporary name before it lists: an NFS client then sees that its cached
   listing is old. Immutable files need no freshness. (Mounts with ``noac`` or ``lookupcache=none`` are best
   all the same; and nothing is ever started on a read alone.)
-* *Hanging.* File operations run in threads of their own with a deadline. A thread that hangs in the kernel is left
-  behind and never holds up the end of the process; while `MAX_HUNG` of them do, no further one is started. What it
-  does later is what the contract calls a late answer.
+* *Hanging.* File operations run in threads of their own with a deadline (`understudy.threads`). What one that hangs in
+  the kernel does later is what the contract calls a late answer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,12 +42,12 @@ from urllib.parse import quote, unquote
 from understudy.arbiter import Arbiter, Record, SwapResult
 from understudy.errors import ArbiterError, ArbiterUnavailable, ConfigError
 from understudy.hookspecs import ArbiterOffer, hookimpl
+from understudy.threads import TimedThreads
 
 __all__ = ["DirectoryArbiter", "understudy_arbiters"]
 
 T = TypeVar("T")
 
-MAX_HUNG: Final = 4  # threads that hang past their deadline before further calls fail at once
 KEEP: Final = 256  # generations kept for the history
 DEBRIS_AGE_S: Final = 3600.0  # temporary files older than this are removed; harmless if it is wrong
 NAME_BYTES: Final = 255  # of one name on every common file system
@@ -71,7 +67,7 @@ class DirectoryArbiter(Arbiter):
         self.path = path
         self.timeout_s = timeout_s
         self._keep = max(2, keep)
-        self._late: list[Future[Any]] = []
+        self._threads = TimedThreads("arbiter")
 
     async def read(self, guest: str) -> Record | None:
         """Return the record that counts now; see `Arbiter.read`."""
@@ -80,10 +76,6 @@ class DirectoryArbiter(Arbiter):
     async def exchange(self, expected: Record | None, desired: Record) -> SwapResult:
         """Carry out a swap; see `Arbiter.swap`."""
         return await self._in_thread(lambda: self._exchange(expected, desired))
-
-    async def bury(self, expected: Record, attempt: str) -> bool:
-        """Carry out `Arbiter.forget`: the next generation is a tombstone."""
-        return await self._in_thread(lambda: _Guest(self.path, expected.guest).bury(expected, attempt))
 
     async def history(self, guest: str) -> Sequence[Record]:
         """Return the records kept of a guest, oldest first."""
@@ -107,37 +99,10 @@ class DirectoryArbiter(Arbiter):
         return [name for name in names if _Guest(self.path, name).read() is not None]
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        # asyncio.to_thread would do, but its threads are joined at exit: one hung NFS call would keep the agent alive.
-        if self._hung >= MAX_HUNG:
-            raise ArbiterUnavailable(f"{self.path}: {self._hung} earlier calls still hang")
-        outcome: Future[T] = Future()
-        outcome.set_running_or_notify_cancel()  # a caller that goes away ends nothing in the kernel
-        threading.Thread(target=_settle, args=(outcome, work), name="arbiter", daemon=True).start()
-        answer = asyncio.wrap_future(outcome)
         try:
-            done, _ = await asyncio.wait([answer], timeout=self.timeout_s)
-            if not done:
-                raise ArbiterUnavailable(f"{self.path}: no answer within {self.timeout_s:g} s")
-            return answer.result()
-        except OSError as problem:
+            return await self._threads.run(work, timeout_s=self.timeout_s)
+        except OSError as problem:  # TimeoutError is one
             raise ArbiterUnavailable(f"{self.path}: {problem}") from problem
-        finally:
-            answer.cancel()
-            if not outcome.done():
-                self._late.append(outcome)
-
-    @property
-    def _hung(self) -> int:
-        # How many threads go on although nobody waits for them any more.
-        self._late = [outcome for outcome in self._late if not outcome.done()]
-        return len(self._late)
-
-
-def _settle(outcome: Future[T], work: Callable[[], T]) -> None:
-    try:
-        outcome.set_result(work())
-    except Exception as error:  # noqa: BLE001 - the caller raises it
-        outcome.set_exception(error)
 
 
 class _Guest:
@@ -179,25 +144,12 @@ class _Guest:
         if current is not None and current.identity == desired.identity:
             return SwapResult(won=True, record=current)
         mine = self._load(wanted.generation)
-        if mine is None or mine.get("forgotten") or wanted.generation <= self._floor():
+        if mine is None or wanted.generation <= self._floor():
             return SwapResult(won=False, record=current)
         theirs = Record.from_json(mine)
         if theirs.identity == desired.identity:  # won, and already overtaken by a swap that started from it
             return SwapResult(won=True, record=theirs)
         return SwapResult(won=False, record=current)
-
-    def bury(self, expected: Record, attempt: str) -> bool:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._refresh()
-        newest, current = self._current()
-        if current is not None:
-            if not _same(current, expected):
-                self._sync()
-                return False
-            self._publish(newest + 1, {"forgotten": True, "generation": newest + 1, "attempt": attempt})
-            _, current = self._current()
-        self._sync()
-        return current is None
 
     def history(self) -> Sequence[Record]:
         if not self.path.is_dir():
@@ -205,7 +157,7 @@ class _Guest:
         self._refresh()
         floor = self._floor()
         records = (self._load(generation) for generation in sorted(self._generations()) if generation > floor)
-        return [Record.from_json(data) for data in records if data is not None and not data.get("forgotten")]
+        return [Record.from_json(data) for data in records if data is not None]
 
     def prune(self, keep: int) -> None:
         # First the floor, durable; then the files at or below it. Never the newest: keep >= 2.
@@ -247,7 +199,7 @@ class _Guest:
                 return 0, None
             data = self._load(newest)
             if data is not None:  # else it was pruned while we looked, so there is a newer one
-                return newest, None if data.get("forgotten") else Record.from_json(data)
+                return newest, Record.from_json(data)
 
     def _load(self, generation: int) -> Mapping[str, Any] | None:
         try:

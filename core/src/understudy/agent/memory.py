@@ -69,13 +69,6 @@ class RememberingArbiter(Arbiter):
         self._check(desired.guest, result.record)
         return result
 
-    async def bury(self, expected: Record, attempt: str) -> bool:
-        """Carry out `Arbiter.forget`; what was seen of the guest is forgotten, too."""
-        gone = await self.inner.bury(expected, attempt)
-        if gone:
-            self._path(expected.guest).unlink(missing_ok=True)
-        return gone
-
     async def history(self, guest: str) -> Sequence[Record]:
         """Return the records kept of a guest; see `Arbiter.history`."""
         return await self.inner.history(guest)

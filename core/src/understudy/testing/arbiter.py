@@ -28,7 +28,7 @@ class MemoryArbiter(Arbiter):
     """The truth: one record per guest, and every record that ever was."""
 
     def __init__(self) -> None:
-        self.records: dict[str, list[Record | None]] = {}
+        self.records: dict[str, list[Record]] = {}
 
     def view(self, host: str) -> ArbiterView:
         """Return the arbiter as one host sees it."""
@@ -53,7 +53,7 @@ class MemoryArbiter(Arbiter):
         kept = self.records.setdefault(desired.guest, [])
         current = kept[-1] if kept else None
         for made in kept:
-            if made is not None and made.identity == desired.identity:
+            if made.identity == desired.identity:
                 return SwapResult(won=True, record=made)
         same = (
             current is expected
@@ -66,19 +66,9 @@ class MemoryArbiter(Arbiter):
         kept.append(record)
         return SwapResult(won=True, record=record)
 
-    async def bury(self, expected: Record, attempt: str) -> bool:
-        """Give a record up."""
-        del attempt
-        kept = self.records.setdefault(expected.guest, [])
-        if kept and kept[-1] is not None:
-            if kept[-1] != expected:
-                return False
-            kept.append(None)
-        return True
-
     async def history(self, guest: str) -> Sequence[Record]:
         """Return every record of a guest."""
-        return [record for record in self.records.get(guest, []) if record is not None]
+        return tuple(self.records.get(guest, ()))
 
     async def guests(self) -> Sequence[str]:
         """Return all guests that have a record."""
@@ -111,10 +101,6 @@ class ArbiterView(Arbiter):
     async def exchange(self, expected: Record | None, desired: Record) -> SwapResult:
         """Carry out a swap."""
         return await self._call(lambda: self.truth.exchange(expected, desired))
-
-    async def bury(self, expected: Record, attempt: str) -> bool:
-        """Give a record up."""
-        return await self._call(lambda: self.truth.bury(expected, attempt))
 
     async def history(self, guest: str) -> Sequence[Record]:
         """Return every record of a guest."""
