@@ -126,6 +126,16 @@ async def test_nothing_is_left(taps: Taps) -> None:
     await filter_.remove()
 
 
+async def test_a_hook_without_a_filter_is_taken_away(taps: Taps) -> None:
+    # So it looks when putting the filter in place is called off in the middle.
+    before = hooks(taps)
+    filter_ = UncomparedFilter(taps.interface)
+    await filter_._tc("qdisc", "add", "dev", taps.interface, "clsact")
+    assert hooks(taps) != before
+    await filter_.remove()
+    assert hooks(taps) == before
+
+
 async def test_the_filters_of_others_stay(taps: Taps) -> None:
     ours = UncomparedFilter(taps.interface)
     await ours.install()

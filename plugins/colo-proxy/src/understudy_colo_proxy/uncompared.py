@@ -88,7 +88,7 @@ class UncomparedFilter:
         """
         gone = (
             "Cannot find device",
-            "Cannot find specified qdisc",
+            "Cannot find specified",  # qdisc, or the filter's chain where there is only the hook
             "not found",
             "Parent Qdisc doesn't exists",
         )
