@@ -22,6 +22,7 @@ class Nic:
         self.left_bytes = 0
         self.clean = True
         self.cut_fails: Exception | None = None
+        self.release_fails: Exception | None = None
 
     def note(self, what: str) -> None:
         asked = sum(command == "migrate-set-parameters" for command, _ in self.qemu.commands)
@@ -29,6 +30,8 @@ class Nic:
 
     async def hold(self, *, on: bool) -> None:
         self.note("hold" if on else "release")
+        if self.release_fails is not None and not on:
+            raise self.release_fails
 
     def on_the_way(self) -> int:
         return self.left_bytes
@@ -109,11 +112,11 @@ async def test_qemus_own_delay_counts_if_it_is_shorter(qemu: Qemu) -> None:
     assert qemu.delay_ms == 15 + 1000
 
 
-@pytest.mark.parametrize("fault", ["not clean", "link lost"])
+@pytest.mark.parametrize("fault", ["not clean", "link lost", "broken pipe"])
 async def test_a_checkpoint_is_taken_also_without_a_cut(qemu: Qemu, pacer: Pacer, fault: str) -> None:
     nic = Nic(qemu)
     nic.clean = fault != "not clean"
-    nic.cut_fails = LinkLost("gone") if fault == "link lost" else None
+    nic.cut_fails = {"link lost": LinkLost("gone"), "broken pipe": BrokenPipeError("gone")}.get(fault)
     await pacer.join(nic)
     qemu.tell("RESUME")
     await until(lambda: len(nic.log) == 3)
@@ -134,6 +137,32 @@ async def test_a_checkpoint_that_does_not_come_is_told(
     await until(lambda: pacer.failure is not None)
     with pytest.raises(HypervisorError, match="has not come"):
         pacer.check()
+
+
+@pytest.mark.parametrize("where", ["cut", "release", "trigger"])
+async def test_what_nobody_foresaw_ends_the_pacing_and_is_told(
+    qemu: Qemu, pacer: Pacer, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    nic, other = Nic(qemu), Nic(qemu)
+    await pacer.join(nic)
+    await pacer.join(other)
+    if where == "cut":
+        nic.cut_fails = KeyError("unforeseen")
+    elif where == "release":
+        nic.release_fails = KeyError("unforeseen")
+    else:
+        qemu.refuse = lambda command, arguments: {}["unforeseen"] if command.startswith("migrate-") else ""
+    qemu.tell("RESUME")
+    await until(lambda: pacer.failure is not None)
+    with pytest.raises(KeyError, match="unforeseen"):
+        pacer.check()
+    assert "no more checkpoints are taken by us: KeyError" in caplog.text
+    # What comes for the guest is held by nobody, and no further checkpoint is begun.
+    await until(lambda: "release" in nic.log[-1] and "release" in other.log[-1])
+    pacer.ask()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len([entry for entry in nic.log if "hold" in entry]) == 1
 
 
 async def test_the_end_of_colo_ends_the_pacing(qemu: Qemu, pacer: Pacer) -> None:

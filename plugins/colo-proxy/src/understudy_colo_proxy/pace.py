@@ -12,7 +12,8 @@ So colo-compare is told to notify us instead of QEMU (its ``notify_dev``), and t
 5. release: what was held goes to the guest, and by the mirror to the copy.
 
 A checkpoint that QEMU takes without us (its own delay, a `hurry` of the domain) is as right as under QEMU alone. If
-the agent dies, QEMU's own delay, a little longer than ours, takes over the pace, and the hold lets go by itself.
+the agent dies, QEMU's own delay, a little longer than ours, takes over the pace, and the hold lets go by itself. The
+same holds when the pacing fails, whatever the reason: it is logged, and `Pacer.check` raises it before the next commit.
 
 Source: QEMU migration/colo.c (colo_checkpoint_notify, migrate-set-parameters), net/colo-compare.c
 (colo_compare_inconsistency_notify).
@@ -28,6 +29,7 @@ from typing import Final, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from understudy.errors import HypervisorError, UnderstudyError
+from understudy.phases import in_words
 from understudy.services import Monitor
 from understudy_colo_proxy.vcpus import Vcpus
 from understudy_colo_proxy.wires import drained
@@ -145,7 +147,7 @@ class Pacer:
                     with suppress(asyncio.CancelledError, Exception):
                         await pacing
         except Exception as error:  # noqa: BLE001 - told by `check`, before the next commit
-            self.failure = self.failure or error
+            self._fail(error)
             self._listening.set()
 
     async def _pace(self) -> None:
@@ -158,17 +160,28 @@ class Pacer:
             delay_ms = min(self._longest_ms, int(answer.get("x-checkpoint-delay", self._longest_ms)))
             self._vcpus = await Vcpus.of(self._monitor)
             self._asked.set()  # the first one entitles the secondary to the guest: at once
-            while not self._over:
+            while not self._over and self.failure is None:
                 late_in_s = self._resumed_at + delay_ms / 1000 - asyncio.get_running_loop().time()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(max(late_in_s, 0.0)):
                         await self._asked.wait()
                 if not self._over:
                     await self._checkpoint(delay_ms)
-        except UnderstudyError as error:
-            if not self._over:
-                self.failure = self.failure or error
-                _log.warning("no more checkpoints are taken by us: %s", error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the session must not go on unpaced in silence
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        # After the end of COLO, or of the last NIC, everything may fail and nothing matters.
+        if self._over or not self._members:
+            return
+        if self.failure is None:
+            foreseen = isinstance(error, UnderstudyError)
+            _log.warning(
+                "no more checkpoints are taken by us: %s",
+                in_words(error),
+                exc_info=None if foreseen else error,
+            )
+        self.failure = self.failure or error
 
     async def _checkpoint(self, delay_ms: int) -> None:
         members = tuple(self._members)
@@ -207,14 +220,21 @@ class Pacer:
                 return all(await _all(lambda member: member.cut(), members)) and caught_up
         except TimeoutError:
             return False
-        except UnderstudyError as error:
-            _log.info("a checkpoint without a cut: %s", error)
+        except (UnderstudyError, OSError) as error:
+            _log.info("a checkpoint without a cut: %s", in_words(error))
             return False
 
     async def _release(self, members: tuple[Paced, ...]) -> None:
-        with suppress(TimeoutError):
+        # Raises nothing: it must not take the place of what went wrong before.
+        try:
             async with asyncio.timeout(_RELEASE_S):
                 await _all(lambda member: member.hold(on=False), members)
+        except TimeoutError:
+            self._fail(
+                HypervisorError(f"what was held for the guest was not released within {_RELEASE_S:g} s")
+            )
+        except Exception as error:  # noqa: BLE001 - as in `_pace`
+            self._fail(error)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         # Ends also when COLO does; the caller looks at `_over`.
