@@ -23,7 +23,19 @@ MODULES: Final = Path("/usr/lib/uml/modules")
 INIT: Final = Path(__file__).with_name("init")
 INSIDE: Final = "UNDERSTUDY_BED"  #: environment variable that is ``kernel`` for everything that runs inside
 MEMORY_MIB: Final = 512
-TAIL_LINES: Final = 40
+TAIL_LINES: Final = 60
+KILL_S: Final = 10.0  # what a loaded host may take to bury a killed process group
+ENVIRONMENT: Final = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "TMPDIR": "/run/tmp",
+    INSIDE: "kernel",
+    # The root is an overlay in memory: compiled modules would only fill it.
+    "PYTHONDONTWRITEBYTECODE": "1",
+    # Without udev dmsetup waits for ever for a cookie that nobody returns.
+    "DM_DISABLE_UDEV": "1",
+}
 
 
 class KernelDied(RuntimeError):
@@ -76,6 +88,8 @@ class Machine:
         memory_mib: of the guest; taken from a tmpfs as it is used.
         hostname: of the guest.
         shared: directories of the host that the guest may write besides its run directory.
+        disks: image files of the host that are its block devices ``/dev/ubda``, ``/dev/ubdb`` and so on. What was
+            written to one survives a crash of the guest, as on a disk with a cache that needs no power.
         wires: its network interfaces.
         terminal: file descriptors that the command reads and writes as a terminal, -1 for nothing to read; by default
             its output goes to the console.
@@ -97,83 +111,72 @@ class Machine:
         memory_mib: int = MEMORY_MIB,
         hostname: str = "bed",
         shared: Iterable[Path] = (),
+        disks: Sequence[Path] = (),
         wires: Sequence[Wire] = (),
         terminal: tuple[int, int] | None = None,
         directory: Path | None = None,
     ) -> None:
         self.run = Path(tempfile.mkdtemp(prefix="understudy-bed-", dir=directory))
         self._console = self.run / "console"
-        environment = {
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": "/root",
-            "LANG": "C.UTF-8",
-            "TMPDIR": "/run/tmp",
-            "BED_RUN": str(self.run),
-            INSIDE: "kernel",
-            # The root is an overlay in memory: compiled modules would only fill it.
-            "PYTHONDONTWRITEBYTECODE": "1",
-            # Without udev dmsetup waits for ever for a cookie that nobody returns.
-            "DM_DISABLE_UDEV": "1",
-        } | dict(env or {})
-        words = ["exec", "env", "-i", *(f"{key}={value}" for key, value in environment.items()), *command]
-        lines = [f"cd {shlex.quote(str(cwd or Path.cwd()))}", shlex.join(words)]
-        if terminal is not None:
-            lines.insert(
-                0, "exec /bin/busybox setsid -c /bin/sh -c '. $BED_RUN/in-terminal' <>/dev/tty1 >&0 2>&1"
-            )
-            mode = "sane" if os.isatty(terminal[1]) else "raw"
-            (self.run / "in-terminal").write_text("\n".join([f"/bin/busybox stty {mode}", *lines[1:]]) + "\n")
-        (self.run / "command").write_text("\n".join(lines) + "\n")
-        places = " ".join(str(place) for place in shared)
-        (self.run / "settings").write_text(
-            f"BED_HOSTNAME={shlex.quote(hostname)}\nBED_SHARED={shlex.quote(places)}\n"
-        )
         self.line, serial = socket.socketpair()
         self._life, lifeline = socket.socketpair()
         try:
-            self._process = self._start(memory_mib, terminal, serial, lifeline, wires)
+            self._write_command(command, cwd or Path.cwd(), env or {}, terminal)
+            self._write_settings(hostname, shared)
+            devices = [f"ssl0=fd:{serial.fileno()}", f"ssl1=fd:{lifeline.fileno()}"]
+            devices += [f"ubd{number}={disk}" for number, disk in enumerate(disks)]
+            for number, wire in enumerate(wires):
+                cable = f"transport=fd,fd={wire.end.fileno()},depth=64"
+                devices.append(f"vec{number}:{cable},mtu={wire.mtu},mac={wire.mac}")
+            passed = [serial, lifeline, *(wire.end for wire in wires)]
+            self._process = self._start(memory_mib, devices, [each.fileno() for each in passed], terminal)
         except BaseException:
-            self._life.close()
-            self.line.close()
-            shutil.rmtree(self.run, ignore_errors=True)
+            self._forget()
             raise
         finally:
             serial.close()
             lifeline.close()
 
+    def _write_command(
+        self, command: Sequence[str], cwd: Path, env: Mapping[str, str], terminal: tuple[int, int] | None
+    ) -> None:
+        environment = {**ENVIRONMENT, "BED_RUN": str(self.run), **env}
+        words = ["exec", "env", "-i", *(f"{key}={value}" for key, value in environment.items()), *command]
+        script = f"cd {shlex.quote(str(cwd))}\n{shlex.join(words)}\n"
+        if terminal is not None:
+            # A session of its own makes it the controlling terminal: job control and Ctrl-C work.
+            mode = "sane" if os.isatty(terminal[1]) else "raw"
+            (self.run / "in-terminal").write_text(f"/bin/busybox stty {mode}\n{script}")
+            script = 'exec /bin/busybox setsid -c /bin/sh "$BED_RUN/in-terminal" <>/dev/tty1 >&0 2>&1\n'
+        (self.run / "command").write_text(script)
+
+    def _write_settings(self, hostname: str, shared: Iterable[Path]) -> None:
+        places = shlex.join([str(self.run), *(str(place) for place in shared)])
+        (self.run / "settings").write_text(f"hostname={shlex.quote(hostname)}\nset -- {places}\n")
+
     def _start(
-        self,
-        memory_mib: int,
-        terminal: tuple[int, int] | None,
-        serial: socket.socket,
-        lifeline: socket.socket,
-        wires: Sequence[Wire],
+        self, memory_mib: int, devices: Sequence[str], passed: Sequence[int], terminal: tuple[int, int] | None
     ) -> subprocess.Popen[bytes]:
-        passed = [serial.fileno(), lifeline.fileno(), *(wire.end.fileno() for wire in wires)]
         arguments = [
             f"mem={memory_mib}M",
             *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"),
             f"init={INIT}",
             f"BED_RUN={self.run}",
             *("umid=bed", f"uml_dir={self.run}"),
-            *("con=null", "con0=null,fd:1"),
-            *("ssl=null", f"ssl0=fd:{serial.fileno()}", f"ssl1=fd:{lifeline.fileno()}"),
+            *("con=null", "con0=null,fd:1", "ssl=null"),
             *("quiet", "loglevel=4"),
+            *devices,
         ]
-        copies = []
-        if terminal is not None:
-            # Copies, because 0 and 1 of the kernel are its console.
-            copies = [os.dup(each) for each in terminal if each >= 0]
-            readable = "null" if terminal[0] < 0 else f"fd:{copies[0]}"
-            arguments.append(f"con1={readable},fd:{copies[-1]}")
-        for number, wire in enumerate(wires):
-            arguments.append(
-                f"vec{number}:transport=fd,fd={wire.end.fileno()},depth=64,mtu={wire.mtu},mac={wire.mac}"
-            )
         with ExitStack() as stack:
-            for copy in copies:
-                stack.callback(os.close, copy)
             console = stack.enter_context(self._console.open("wb"))
+            copies = []
+            if terminal is not None:
+                # Copies, because 0 and 1 of the kernel are its console.
+                copies = [os.dup(each) for each in terminal if each >= 0]
+                for copy in copies:
+                    stack.callback(os.close, copy)
+                readable = "null" if terminal[0] < 0 else f"fd:{copies[0]}"
+                arguments.append(f"con1={readable},fd:{copies[-1]}")
             return subprocess.Popen(
                 [PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -229,18 +232,27 @@ class Machine:
         return "\n".join(self.console().splitlines()[-lines:]) or "(nothing)"
 
     def kill(self) -> None:
-        """Kill the process group: to the guest and its peers, the crash of a host."""
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        """Kill the process group: to the guest and its peers, the crash of a host.
+
+        Guarantees:
+            When this returns no process of the group runs any more.
+        """
+        # Also when the kernel is gone by itself: a crashed one may have left members of its group.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        # The others are no children of ours. They hold the line as well: it ends with the last of them.
+        with suppress(OSError):
+            self._life.settimeout(KILL_S)
+            while self._life.recv(4096):
+                pass
 
     def close(self, *, keep: bool = False) -> None:
         """Kill the kernel if it runs, and remove its run directory unless it shall be kept for a look at it."""
         self.kill()
-        # A kernel that crashed by itself may have left members of its group.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._forget(keep=keep)
+
+    def _forget(self, *, keep: bool = False) -> None:
         self.line.close()
         self._life.close()
         if not keep:
