@@ -351,6 +351,39 @@ async def test_two_versions_tell_each_other() -> None:
         assert p.changes == []
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"protocol": 99}, "protocol version 99 of agent 9.9 on beta is not version 1 of agent 1.0 on alpha"),
+        ({"speaks": 99}, "protocol version 99 of agent 9.9 on beta is not version 1 of agent 1.0 on alpha"),
+        ({"host": "gamma"}, "127.0.0.1 port [0-9]+ is gamma, not beta"),
+    ],
+)
+async def test_a_welcome_of_another_agent_is_not_taken(change: dict[str, Any], words: str) -> None:
+    said: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        given: dict[str, Any] = {"host": "beta", "agent": "9.9", "protocol": 1, "incarnation": "x"} | change
+        writer.write(preamble(given.pop("speaks", 1)) + encode({"t": "welcome"} | given))
+        frames = list(Decoder().feed(await reader.read()))
+        writer.close()
+        if not said.done():
+            said.set_result(frames[-1].header)
+
+    server = await asyncio.start_server(listen, HOST, 0)
+    alpha = Links("alpha", "1.0", [("beta", HOST, server.sockets[0].getsockname()[1])], timing=FAST)
+    await alpha.start(HOST, 0)
+    try:
+        bye = await asyncio.wait_for(said, 5)
+        assert bye["t"] == "bye"
+        assert re.search(words, bye["reason"])
+        assert not alpha.peers["beta"].up
+        assert re.search(words, alpha.peers["beta"].problem)
+    finally:
+        await alpha.close("over")
+        server.close()
+
+
 async def test_a_taken_port_is_one_sentence() -> None:
     async with pair() as p:
         other = Links("gamma", "1", [])

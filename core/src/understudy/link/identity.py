@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,24 @@ class Identity:
             "protocol": self.protocol,
             "incarnation": self.incarnation,
         }
+
+    def misfit(self, version: int | None, header: Mapping[str, Any]) -> str:
+        """Return why these two agents cannot understand each other, one sentence; empty if they can.
+
+        Args:
+            version: Of the other side's preamble.
+            header: The other side's first frame, ``hello`` or ``welcome``.
+        """
+        theirs = header.get("protocol")
+        if theirs == version == self.protocol:
+            return ""
+        if theirs == self.protocol:
+            theirs = version  # it says one thing and speaks another
+        return (
+            f"protocol version {theirs} of agent {header.get('agent')} on {header.get('host')} is not version "
+            f"{self.protocol} of agent {self.agent} on {self.host}: install the same version of understudy on both "
+            "hosts"
+        )
 
 
 @dataclass(frozen=True, slots=True)

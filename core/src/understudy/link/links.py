@@ -107,13 +107,8 @@ class Links:
         name = str(hello.get("host"))
         peer = self.peers.get(name)
         kind = reason = ""
-        if connection.version != self.me.protocol or hello.get("protocol") != self.me.protocol:
-            kind = "protocol"
-            reason = (
-                f"protocol version {hello.get('protocol')} of agent {hello.get('agent')} on {name} is not "
-                f"version {self.me.protocol} of agent {self.me.agent} on {self.me.host}: "
-                "install the same version of understudy on both hosts"
-            )
+        if misfit := self.me.misfit(connection.version, hello):
+            kind, reason = "protocol", misfit
         elif hello.get("peer") != self.me.host:
             kind, reason = "host", f"this is {self.me.host}, not {hello.get('peer')}"
         elif peer is None:

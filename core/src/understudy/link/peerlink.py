@@ -8,6 +8,8 @@ decides alone whether a connection counts, so the two never disagree:
 * it is dialling the peer itself at the moment: the dial of the host with the smaller name counts;
 * otherwise it counts.
 
+The dialling side takes the answer only from an agent of its own protocol version that is the host it dialled.
+
 There is no encryption and no authentication yet. `PeerLink._connect` and `understudy.link.links.Links.start` are the
 two places where a connection is made: that is where it will be.
 """
@@ -163,6 +165,18 @@ class PeerLink:
         elif header["t"] != "welcome":
             self._blame(f"the agent on {self.name} broke the protocol: it began with {header['t']!r}")
 
+    def welcome(self, connection: Connection, header: Mapping[str, Any]) -> None:
+        """Take the other side's consent to a connection that we made, unless it is not the agent we wanted."""
+        problem = self._me.misfit(connection.version, header)
+        if not problem and header.get("host") != self.name:
+            problem = f"{self.address} port {self.port} is {header.get('host')}, not {self.name}"
+        if problem:
+            self._blame(problem)
+            connection.send({"t": "bye", "reason": problem})  # for it the link is up
+            connection.close(problem, goodbye=False)
+        else:
+            self.activate(connection, header)
+
     # --- Being dialled -------------------------------------------------------------------------------------------
 
     def offer(self, connection: Connection, hello: Mapping[str, Any]) -> None:
@@ -235,7 +249,7 @@ class _Dial:
         self.answer.set_result(frame)
         # At once: what follows a welcome in the same packet must find the connection up.
         if frame.header["t"] == "welcome" and not self._link.up:
-            self._link.activate(connection, frame.header)
+            self._link.welcome(connection, frame.header)
 
     def ended(self, connection: Connection, lost: LinkLost) -> None:
         if not self.answer.done():
