@@ -151,7 +151,13 @@ async def test_what_nobody_foresaw_ends_the_pacing_and_is_told(
     elif where == "release":
         nic.release_fails = KeyError("unforeseen")
     else:
-        qemu.refuse = lambda command, arguments: {}["unforeseen"] if command.startswith("migrate-") else ""
+
+        def refuse(command: str, _: object) -> str:
+            if command == "migrate-set-parameters":
+                raise KeyError("unforeseen")
+            return ""
+
+        qemu.refuse = refuse
     qemu.tell("RESUME")
     await until(lambda: pacer.failure is not None)
     with pytest.raises(KeyError, match="unforeseen"):
