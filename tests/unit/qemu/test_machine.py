@@ -118,6 +118,14 @@ def test_scsi_disks_get_one_controller() -> None:
     assert [d["driver"] for d in objects(arguments, "-device")] == ["virtio-scsi-pci", "scsi-hd", "scsi-hd"]
 
 
+@pytest.mark.parametrize("incoming", [False, True])
+def test_no_disk_that_fails_stops_a_guest_or_a_copy(incoming: bool) -> None:
+    disks = [{"path": "a"}, {"path": "b", "bus": "scsi"}, {"path": "c", "bus": "ide"}]
+    devices = objects(line(make(disk=disks), incoming=incoming), "-device")
+    told = [(d["werror"], d["rerror"]) for d in devices if "drive" in d]
+    assert told == [("report", "report")] * 3
+
+
 def test_caches() -> None:
     arguments = line(make(disk=[{"path": "a", "cache": "none"}, {"path": "b", "cache": "writethrough"}]))
     files = [node["cache"]["direct"] for node in objects(arguments, "-blockdev") if node["driver"] == "file"]

@@ -5,6 +5,11 @@ every interface is a tap without vhost, so that filters see its packets; two QMP
 shutdown or crash only pauses it (docs/explanation/session.md, ownership rule 7). Devices have fixed PCI slots: disks
 from the lowest, interfaces from the highest, so that both sides agree and one more device moves no other.
 
+A disk that fails never stops the guest: the guest is told of the error, as by a real disk (``werror`` and ``rerror``).
+QEMU's own choice is to stop it when the host's file system is full, and a QEMU that is stopped so aborts at the next
+checkpoint, on either side: ``invalid runstate transition: 'io-error' -> 'colo'``. Source: QEMU system/runstate.c
+(runstate_transitions_def), block/block-backend.c (blk_get_error_action).
+
 Names in QEMU, all derived from the device's name ``disk0`` or ``nic0``:
 
 ==================  ================================================================
@@ -235,6 +240,7 @@ def _disks(config: QemuConfig, drives: Mapping[str, DriveProvider]) -> list[str]
         for node in drive.blockdevs():
             line += ["-blockdev", json.dumps(node)]
         device: dict[str, Any] = {"id": f"dev-{disk.name}", "drive": drive.top_node}
+        device |= {"werror": "report", "rerror": "report"}
         if config.kernel is None:
             # Otherwise QEMU's loader of kernels has the first place, and shares it with nobody.
             device["bootindex"] = index
