@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from pathlib import Path
@@ -122,8 +123,33 @@ async def test_a_guest_that_shuts_down_is_preserved_and_can_be_started_again(bed
     await agent.start(config, bed.alone())
     assert (await agent.running(config)).process.pid != before  # type: ignore[union-attr]
     await becomes(agent, config, GuestState.SHUTOFF)
+    with pytest.raises(
+        StateError, match=r"counter does not run on alpha-.*: it has shut down \(run state shutdown\)"
+    ):
+        await agent.primary(config)
+    assert await agent.state(config) is GuestState.SHUTOFF
     await agent.stop(config, force=False, timeout_s=5)
     assert bed.traces() == set()
+
+
+@pytest.mark.parametrize("bus", ["virtio", "scsi", "ide"])
+async def test_a_full_file_system_is_the_guests_own_affair(bed: Bed, bus: str) -> None:
+    agent = bed.agent()
+    config = bed.guest(disk=[{"path": "disk.raw", "bus": bus}])
+    await agent.start(config, bed.alone())
+    await bed.counts(config)
+    qemu = await agent.running(config)
+    assert qemu is not None
+    full = {"driver": "blkdebug", "node-name": "full", "image": "disk0-file"}
+    no_space = [{"event": "pwritev", "errno": errno.ENOSPC, "iotype": "write"}]
+    await qemu.monitor.execute("blockdev-add", full | {"inject-error": no_space})
+    image = {"driver": "raw", "node-name": "disk0-image", "file": "full"}
+    await qemu.monitor.execute("blockdev-reopen", {"options": [image]})
+    async with asyncio.timeout(30):
+        while "E" not in bed.serial(config):  # noqa: ASYNC110 - a file tells nobody
+            await asyncio.sleep(0.02)
+    await bed.counts(config)
+    assert await agent.state(config) is GuestState.RUNNING
 
 
 async def test_a_guest_that_ignores_the_power_button_runs_on(bed: Bed) -> None:

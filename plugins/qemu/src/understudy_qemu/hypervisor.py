@@ -57,6 +57,13 @@ _STATES = {
     "shutdown": GuestState.SHUTOFF,
     "inmigrate": GuestState.INCOMING,
 }
+# Run states that a guest does not leave by itself; QEMU takes no checkpoint in them, and from some would abort.
+_ENDED = {
+    "shutdown": "it has shut down",
+    "guest-panicked": "it has crashed",
+    "internal-error": "QEMU stopped it because of an error of its own",
+    "io-error": "QEMU stopped it because a disk failed",
+}
 
 
 class QemuHypervisor(Hypervisor):
@@ -315,6 +322,7 @@ class QemuHypervisor(Hypervisor):
 
         Raises:
             GuestNotFound: It does not run here.
+            StateError: Its QEMU is there, but the guest has ended; nothing was changed.
             HypervisorError: It is a copy, or its monitor is silent.
         """
         ours = _ours(config)
@@ -329,7 +337,7 @@ class QemuHypervisor(Hypervisor):
             source=str(config.source),
             where=f"protection.options.{BLOCK_REPLICATION.name}",
         )
-        return await QemuPrimary.open(
+        domain = await QemuPrimary.open(
             qemu,
             config.protection.mode,
             DiskSession(len(ours.disks)),
@@ -337,6 +345,18 @@ class QemuHypervisor(Hypervisor):
             checkpoint_delay_ms=options.checkpoint_delay_ms,
             bwlimit_bytes_per_s=self.here.bwlimit_bytes_per_s,
         )
+        try:
+            # Asked when no event is missed any more: an end from here on is told by the domain.
+            status = await qemu.status()
+            if status in _ENDED:
+                raise StateError(
+                    f"{config.name} does not run on {self.here.host}: {_ENDED[status]} (run state {status}); nothing "
+                    f"was changed. understudy stop {config.name} --force clears it away, then it can be started again"
+                )
+        except BaseException:
+            await domain.close()
+            raise
+        return domain
 
     async def secondary(self, config: GuestConfig, peer_facts: Mapping[str, Any]) -> SecondaryDomain:
         """Make ready to hold a copy; nothing is created before `SecondaryDomain.launch`."""
