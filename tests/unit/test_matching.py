@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from understudy.testing.clock import in_virtual_time
 
 BOTH = frozenset(Mode)
 ALL_GATES = frozenset(Gate)
+ALL_MODES = dict.fromkeys(Mode, ALL_GATES)
 
 
 def answering(answer: Any, asked: list[str] | None = None) -> Any:
@@ -191,13 +192,13 @@ async def test_probing_tells_who_would_claim_it() -> None:
         subkind("b", probe=probing([note])),
         subkind("c", probe=probing([])),
     ]
-    assert await probe_device(offered, ALL_GATES, probe_context(disk("disk0")), no_options) == ("b", (note,))
+    assert await probe_device(offered, ALL_MODES, probe_context(disk("disk0")), no_options) == ("b", (note,))
 
 
 @in_virtual_time
 async def test_a_probe_that_fails_is_a_finding_and_no_error() -> None:
     offered = [subkind("a", probe=probing(KeyError("lv_name")))]
-    name, [finding] = await probe_device(offered, ALL_GATES, probe_context(disk("disk0")), no_options)
+    name, [finding] = await probe_device(offered, ALL_MODES, probe_context(disk("disk0")), no_options)
     assert name == "a"
     assert finding.severity is Severity.ERROR
     assert "KeyError: 'lv_name'" in finding.problem
@@ -210,7 +211,7 @@ async def test_wrong_options_are_a_finding() -> None:
         return options_of(each, {"a": {"delay": 1}}, "web.toml")
 
     name, [finding] = await probe_device(
-        [subkind("a", options=Options)], ALL_GATES, probe_context(disk("disk0")), wrong
+        [subkind("a", options=Options)], ALL_MODES, probe_context(disk("disk0")), wrong
     )
     assert name == "a"
     assert "did you mean delay_ms?" in finding.problem
@@ -219,12 +220,30 @@ async def test_wrong_options_are_a_finding() -> None:
 @in_virtual_time
 async def test_a_device_that_nobody_protects_is_a_finding_with_every_reason() -> None:
     offered = [subkind("a", probe=probing(Decline("not mine"))), subkind("b", modes=frozenset({Mode.COLO}))]
-    name, [finding] = await probe_device(offered, ALL_GATES, probe_context(disk("disk0")), no_options)
+    name, [finding] = await probe_device(offered, ALL_MODES, probe_context(disk("disk0")), no_options)
     assert name is None
     assert "a: not mine; b: it serves mode colo, not remus" in finding.problem
-    assert "plugin with a disk subkind for mode remus" in finding.remedy
-    _, [finding] = await probe_device([], ALL_GATES, probe_context(disk("disk0")), no_options)
+    assert finding.remedy == 'set protection.mode = "colo" (for a, b)'
+    only = {Mode.REMUS: ALL_GATES}
+    _, [finding] = await probe_device(offered, only, probe_context(disk("disk0")), no_options)
+    assert finding.remedy == "install or allow a plugin with a disk subkind for sim, mode remus"
+    _, [finding] = await probe_device([], ALL_MODES, probe_context(disk("disk0")), no_options)
     assert "no installed plugin offers one" in finding.problem
+    assert finding.remedy == "install or allow a plugin with a disk subkind for sim, mode remus"
+
+
+@in_virtual_time
+async def test_what_would_fit_instead_is_said_by_the_probe_and_by_the_open() -> None:
+    # A host with nothing but colo-proxy, and a guest file that says nothing of modes.
+    remedy = 'set protection.mode = "colo" (for colo-proxy)'
+    context = replace(probe_context(disk("nic0")), device=NIC)
+    name, [finding] = await probe_device([PROXY], QEMU_MODES, context, no_options)
+    assert name is None
+    assert finding.remedy == remedy
+    with pytest.raises(DeviceNotSupported, match="it serves mode colo, not remus") as caught:
+        await claim([PROXY], QEMU_MODES[Mode.REMUS], open_context(NIC), no_options)
+    assert caught.value.remedy == remedy
+    assert remedy in str(caught.value)
 
 
 # --- Pairs that do not fit ---
@@ -248,20 +267,22 @@ def test_a_gate_that_is_missing_is_said_with_what_would_fit() -> None:
         "no nic subkind fits sim in mode colo "
         "(netbuffer: it needs the guest to wait at postsuspend, which sim does not do in mode colo)"
     )
-    assert finding.remedy == "protect in mode remus with netbuffer"
+    assert finding.remedy == 'set protection.mode = "remus" (for netbuffer)'
 
 
 def test_what_would_fit_depends_on_what_is_there() -> None:
     [finding] = refusals("sim", QEMU_MODES, [PROXY], Mode.REMUS, [NIC])
-    assert finding.remedy == "protect in mode colo with colo-proxy"
+    assert finding.remedy == 'set protection.mode = "colo" (for colo-proxy)'
     [finding] = refusals("sim", QEMU_MODES, [], Mode.REMUS, [NIC])
     assert "(none is installed)" in finding.problem
     assert finding.remedy == "install or allow a plugin with a nic subkind for sim, mode remus"
     chosen = DeviceInfo(Kind.NIC, "nic0", 0, "sim", "colo-proxy")
     [finding] = refusals("sim", QEMU_MODES, [PROXY, PLUG], Mode.REMUS, [chosen])
-    assert finding.remedy == "set the device's subkind to one of: auto, netbuffer"
+    assert finding.remedy == (
+        'set the device\'s subkind to one of: auto, netbuffer; or set protection.mode = "colo" (for colo-proxy)'
+    )
     [finding] = refusals("sim", QEMU_MODES, [PROXY], Mode.REMUS, [chosen])
-    assert finding.remedy == "protect in mode colo with colo-proxy"
+    assert finding.remedy == 'set protection.mode = "colo" (for colo-proxy)'
 
 
 def test_a_mode_that_the_hypervisor_does_not_have() -> None:

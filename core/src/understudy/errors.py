@@ -140,12 +140,15 @@ class DeviceNotSupported(DeviceError):
     Args:
         device: Name of the device.
         declined: Pairs of subkind name and the reason it gave, in the order asked.
+        remedy: What would change that, if anything is known to.
     """
 
-    def __init__(self, device: str, declined: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, device: str, declined: Sequence[tuple[str, str]], remedy: str = "") -> None:
         asked = "; ".join(f"{name}: {reason}" for name, reason in declined) or "no subkind serves it"
-        super().__init__(device, "none", "open", None, f"no subkind protects this device ({asked})")
+        problem = f"no subkind protects this device ({asked})" + (f": {remedy}" if remedy else "")
+        super().__init__(device, "none", "open", None, problem)
         self.declined = tuple(declined)
+        self.remedy = remedy
 
 
 class PhaseTimeout(DeviceError):

@@ -144,12 +144,15 @@ async def claim(
         else:
             problem = f"its open returned {type(answer).__name__}, which is neither a device nor a Decline"
             raise DeviceError(device.name, subkind.name, "open", None, problem)
-    raise DeviceNotSupported(device.name, [*declined, *passed_over])
+    # What the hypervisor can do in other modes is not known here; the preflight knows.
+    modes = dict.fromkeys(Mode, frozenset(Gate)) | {context.mode: gates}
+    remedy = _what_would_fit(in_order(subkinds), device, context.mode, modes)
+    raise DeviceNotSupported(device.name, [*declined, *passed_over], remedy)
 
 
 async def probe_device(
     subkinds: Iterable[Subkind],
-    gates: frozenset[Gate],
+    modes: Mapping[Mode, frozenset[Gate]],
     context: ProbeContext,
     options: Callable[[Subkind], Any],
 ) -> tuple[str | None, tuple[Finding, ...]]:
@@ -157,7 +160,7 @@ async def probe_device(
 
     Args:
         subkinds: All that the plugins offer.
-        gates: The gates that the hypervisor has in the context's mode.
+        modes: The modes that the hypervisor can protect in, with its gates in each; the context's is one of them.
         context: What `Subkind.probe` gets; its ``options`` are filled in for each subkind that is asked.
         options: Returns a subkind's typed options.
 
@@ -166,7 +169,8 @@ async def probe_device(
         raises for what a subkind does: its failure is a finding.
     """
     device = context.device
-    asked, passed_over = fitting(subkinds, device, context.mode, gates)
+    everybody = in_order(subkinds)
+    asked, passed_over = fitting(everybody, device, context.mode, modes[context.mode])
     subject = f"{device.name} on the {context.side.value}'s host"
     declined: list[tuple[str, str]] = []
     for subkind in asked:
@@ -184,7 +188,7 @@ async def probe_device(
     problem = (
         f"no subkind protects it ({reasons or 'no installed plugin offers one for this kind of device'})"
     )
-    remedy = f"install or allow a plugin with a {device.kind.value} subkind for mode {context.mode.value}"
+    remedy = _what_would_fit(everybody, device, context.mode, modes)
     return None, (Finding(Severity.ERROR, subject, problem, remedy),)
 
 
@@ -247,16 +251,16 @@ def _what_would_fit(
     subkinds: Sequence[Subkind], device: DeviceInfo, mode: Mode, modes: Mapping[Mode, frozenset[Gate]]
 ) -> str:
     anyone = replace(device, subkind="auto")
-    if device.subkind != "auto":
-        names = [subkind.name for subkind in fitting(subkinds, anyone, mode, modes[mode])[0]]
-        if names:
-            return f"set the device's subkind to one of: auto, {', '.join(names)}"
-    ways = [
-        f"mode {other.value} with {subkind.name}"
-        for other in modes
-        for subkind in fitting(subkinds, anyone, other, modes[other])[0]
-        if other is not mode
-    ]
+    passed = {subkind.name for subkind in fitting(subkinds, device, mode, modes[mode])[0]}
+    ways: list[str] = []
+    names = [s.name for s in fitting(subkinds, anyone, mode, modes[mode])[0] if s.name not in passed]
+    if names and device.subkind != "auto":
+        ways.append(f"set the device's subkind to one of: auto, {', '.join(names)}")
+    for other in modes:
+        names = [subkind.name for subkind in fitting(subkinds, anyone, other, modes[other])[0]]
+        if names and other is not mode:
+            chosen = [name for name in names if name == device.subkind] or names
+            ways.append(f'set protection.mode = "{other.value}" (for {", ".join(chosen)})')
     if ways:
-        return f"protect in {' or '.join(ways)}"
+        return "; or ".join(ways)
     return f"install or allow a plugin with a {device.kind.value} subkind for {device.hypervisor}, mode {mode.value}"

@@ -102,8 +102,7 @@ async def probe_side(here: Here, side: ReplicationMode, peer_facts: Json) -> lis
     """Look at one host, as one side: its hypervisor, and every device's subkind."""
     config, hypervisor = here.config, here.hypervisor
     mode = config.protection.mode
-    gates = hypervisor.modes.get(mode)
-    if gates is None:
+    if mode not in hypervisor.modes:
         return []  # that the mode is missing is said by the refusals
     subject = f"hypervisor {hypervisor.name} on {here.host}"
     findings = list(
@@ -125,7 +124,7 @@ async def probe_side(here: Here, side: ReplicationMode, peer_facts: Json) -> lis
             peer_facts=peer_facts,
         )
         options = partial(_options, config)
-        probing = probe_device(here.subkinds, gates, context, options)
+        probing = probe_device(here.subkinds, hypervisor.modes, context, options)
         findings += await _safely(f"{device.name} on {here.host}", _second(probing))
     return findings
 
