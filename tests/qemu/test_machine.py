@@ -156,7 +156,7 @@ async def test_a_guest_that_ignores_the_power_button_runs_on(bed: Bed) -> None:
     agent = bed.agent()
     config = bed.guest()
     await agent.start(config, bed.alone())
-    with pytest.raises(HypervisorError, match=r"did not shut down within 0.3 s; it runs on"):
+    with pytest.raises(HypervisorError, match=r"did not shut down within 0.3 s and runs on"):
         await agent.stop(config, force=False, timeout_s=0.3)
     await bed.counts(config)
 

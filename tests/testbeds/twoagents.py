@@ -38,6 +38,7 @@ from understudy.device import (
     Verdict,
 )
 from understudy.engine import Limits
+from understudy.errors import HypervisorError, MonitorSilent
 from understudy.group import DeviceGroup
 from understudy.hookspecs import ArbiterOffer, HypervisorOffer, IntervalOffer, hookimpl
 from understudy.hypervisor import (
@@ -274,7 +275,12 @@ class FakeHypervisor(Hypervisor):
 
     async def stop(self, config: GuestConfig, *, force: bool, timeout_s: float) -> None:
         if "stop" in self.world.fail and not force:
-            await asyncio.sleep(60)
+            await asyncio.sleep(timeout_s)
+            raise HypervisorError(f"it did not shut down within {timeout_s:g} s and runs on")
+        if "stop at all" in self.world.fail:
+            await asyncio.sleep(3600)
+        if "monitor" in self.world.fail and not force:
+            raise MonitorSilent("its monitor does not answer")
         self.world.guests.pop((self.here.host, config.name), None)
 
     async def primary(self, config: GuestConfig) -> PrimaryDomain:

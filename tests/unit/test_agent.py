@@ -14,6 +14,7 @@ from understudy.errors import (
     ConfigError,
     GuestBusy,
     GuestNotFound,
+    HypervisorError,
     PeerError,
     PreflightFailed,
     StateError,
@@ -395,14 +396,51 @@ async def test_a_failed_start_is_told_and_leaves_the_guest_off(tmp_path: Path) -
         assert (await hosts.call("alpha", "start", guest="web"))["state"] == "unprotected"
 
 
-async def test_a_guest_that_does_not_shut_down(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fails", "words"),
+    [
+        ("stop", "did not shut down within 0.1 s and runs on; understudy stop web --force kills it"),
+        ("stop at all", "has not answered within 0.3 s; understudy stop web --force kills it"),
+        ("monitor", "monitor does not answer; understudy stop web --force kills it"),
+    ],
+)
+async def test_a_guest_that_does_not_shut_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, words: str
+) -> None:
+    # One that cannot even be asked is told at once: nobody waits an hour for it here.
+    timeout_s = 3600.0 if fails == "monitor" else 0.1
+    monkeypatch.setattr("understudy.agent.operations.MARGIN_S", 0.1)
+    async with two_hosts(tmp_path) as hosts:
+        await hosts.call("alpha", "start", guest="web")
+        hosts.world.fail.add(fails)
+        with pytest.raises(HypervisorError, match=f"guest web was not stopped: .*{words}"):
+            async with asyncio.timeout(30):
+                await hosts.call("alpha", "stop", guest="web", timeout_s=timeout_s)
+        assert hosts.role("alpha") == "unprotected"
+        assert hosts.world.running("web") == ["alpha"]
+        hosts.world.fail.discard("stop at all")
+        monkeypatch.undo()
+        # What it was asked for once does not come true later, when it is protected and let go again.
+        await hosts.call("alpha", "protect", guest="web")
+        await hosts.call("alpha", "unprotect", guest="web")
+        assert hosts.world.running("web") == ["alpha"]
+        await hosts.call("alpha", "stop", guest="web", force=True)
+        assert hosts.world.running("web") == []
+        assert hosts.role("alpha") == "off"
+
+
+async def test_nothing_else_begins_while_a_guest_is_asked_to_shut_down(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as hosts:
         await hosts.call("alpha", "start", guest="web")
         hosts.world.fail.add("stop")
-        with pytest.raises(StateError, match="--force kills it"):
-            await hosts.call("alpha", "stop", guest="web", timeout_s=0.1)
-        await hosts.call("alpha", "stop", guest="web", force=True)
-        assert hosts.world.running("web") == []
+        stopping = asyncio.create_task(hosts.call("alpha", "stop", guest="web", timeout_s=3600))
+        await hosts.until(lambda: hosts.agents["alpha"].tenure("web").busy == "stop")
+        with pytest.raises(GuestBusy, match="stop is under way"):
+            await hosts.call("alpha", "protect", guest="web")
+        stopping.cancel()  # the operator has gone
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert (await hosts.call("alpha", "protect", guest="web"))["state"] == "protected"
 
 
 async def test_a_second_agent_is_refused(tmp_path: Path) -> None:

@@ -365,7 +365,20 @@ class Hypervisor(ABC):
 
     @abstractmethod
     async def stop(self, config: GuestConfig, *, force: bool, timeout_s: float) -> None:
-        """Shut the guest down (`force`: kill it) and see it gone."""
+        """Shut the guest down (`force`: kill it) and see it gone.
+
+        Args:
+            config: The guest.
+            force: Kill it, also when it does not answer.
+            timeout_s: How long it may take to shut itself down, seconds.
+
+        Raises:
+            MonitorSilent: It does not answer, so that it cannot be asked; told at once, not after `timeout_s`.
+            HypervisorError: It has not shut down in time, or could not be killed; the text says how it stands.
+
+        Guarantees:
+            After a failure or cancellation the guest runs on, unless it shuts down later by itself.
+        """
 
     @abstractmethod
     async def primary(self, config: GuestConfig) -> PrimaryDomain:

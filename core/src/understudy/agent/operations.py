@@ -15,11 +15,11 @@ from understudy.agent.overview import Overview
 from understudy.agent.tenure import RUNNING_HERE, Tenure
 from understudy.device import Finding, Mode, Severity
 from understudy.engine import PrimarySession, SecondarySession
-from understudy.errors import GuestBusy, PreflightFailed, StateError
+from understudy.errors import GuestBusy, HypervisorError, MonitorSilent, PreflightFailed, StateError
 from understudy.hypervisor import GuestState
 from understudy.phases import first_failure, in_words
 from understudy.session import PrimaryState, SecondaryState
-from understudy.session.events import Force, GuestShutdown, Protect, Recover, Start, Stop, Unprotect
+from understudy.session.events import Force, GuestShutdown, Protect, Recover, Start, Unprotect
 
 if TYPE_CHECKING:
     from understudy.agent.agent import Agent
@@ -130,18 +130,32 @@ class Operations:
                 raise StateError(
                     f"guest {guest} is {driver.state.value} on {self._agent.host}; nothing was done"
                 )
-            around = driver.around
-            if force:
-                await around.hypervisor.stop(around.config, force=True, timeout_s=timeout_s)
-                driver.post(GuestShutdown())
-            else:
-                await driver.ask(Stop())
-            try:
-                await tenure.reach(*_GONE, timeout_s=timeout_s)
-            except TimeoutError:
-                hint = f"understudy stop {guest} --force kills it"
-                raise StateError(f"guest {guest} has not shut down within {timeout_s:g} s; {hint}") from None
+            how = "killed" if force else f"asked to shut down; that may take {timeout_s:g} s"
+            call.note(f"{guest} is being {how}")
+            await self._end_guest(driver, force=force, timeout_s=timeout_s)
+            driver.post(GuestShutdown())
+            await self._reach(tenure, "stop", *_GONE)
             return {"guest": guest, "host": self._agent.host, "state": "off"}
+
+    async def _end_guest(self, driver: PrimarySession, *, force: bool, timeout_s: float) -> None:
+        # Bounded here and not by the hypervisor alone, which may hang in its turn. What fails leaves the guest as the
+        # text says; one that shuts down after all, later, is seen by the watch over unprotected guests.
+        around = driver.around
+        guest = around.config.name
+        hint = "" if force else f"; understudy stop {guest} --force kills it"
+        limit_s = 2 * timeout_s + MARGIN_S
+        try:
+            async with asyncio.timeout(limit_s):
+                await around.hypervisor.stop(around.config, force=force, timeout_s=timeout_s)
+        except TimeoutError:
+            problem = (
+                f"guest {guest} was not stopped: its hypervisor has not answered within {limit_s:g} s{hint}"
+            )
+            raise HypervisorError(problem) from None
+        except MonitorSilent as silence:
+            raise MonitorSilent(f"guest {guest} was not stopped: {silence}{hint}") from silence
+        except HypervisorError as error:
+            raise HypervisorError(f"guest {guest} was not stopped: {error}{hint}") from error
 
     # --- Protection ----------------------------------------------------------------------------------------------
 

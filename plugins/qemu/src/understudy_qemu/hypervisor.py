@@ -264,7 +264,9 @@ class QemuHypervisor(Hypervisor):
         """Shut the guest down (`force`: kill it) and see it gone; right also when it does not run.
 
         Raises:
-            HypervisorError: It did not shut down within `timeout_s` seconds; it runs on.
+            MonitorSilent: It does not answer and was not asked, unless `force` is set.
+            HypervisorError: It did not shut down within `timeout_s` seconds and runs on; or it did, and its overlays
+                were not written into its images within `timeout_s` more.
         """
         ours = _ours(config)
         try:
@@ -285,16 +287,14 @@ class QemuHypervisor(Hypervisor):
         if status in {"shutdown", "prelaunch"}:
             return
         if status != "running":
-            raise HypervisorError(f"{qemu.name} is {status} and cannot shut itself down; force would kill it")
+            raise HypervisorError(f"{qemu.name} is {status} and cannot shut itself down")
         async with qemu.monitor.events("SHUTDOWN") as events:
             await qemu.monitor.execute("system_powerdown")
             try:
                 async with asyncio.timeout(timeout_s):
                     await anext(events)
             except TimeoutError:
-                text = (
-                    f"{qemu.name} did not shut down within {timeout_s:g} s; it runs on; force would kill it"
-                )
+                text = f"{qemu.name} did not shut down within {timeout_s:g} s and runs on"
                 raise HypervisorError(text) from None
 
     async def _committed(self, qemu: Qemu, timeout_s: float) -> None:
