@@ -77,6 +77,9 @@ class World:
     fail: set[str] = field(default_factory=set)  # names of steps that fail
     hold_sweep: asyncio.Event | None = None  # what a janitor waits for
     open_devices: list[tuple[str, str]] = field(default_factory=list)
+    hold_close: asyncio.Event | None = (
+        None  # what every end of a primary's domain waits for, cancelled or not
+    )
 
     def state(self, host: str, guest: str) -> GuestState:
         return self.guests.get((host, guest), GuestState.ABSENT)
@@ -167,6 +170,10 @@ class FakePrimary(PrimaryDomain):
             yield await self.events.get()
 
     async def close(self) -> None:
+        hold = self.here.world.hold_close
+        while hold is not None and not hold.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await hold.wait()
         if self.writer:
             self.writer.close()
 

@@ -310,6 +310,24 @@ async def test_a_stopped_agent_gives_up_protection_in_good_order(tmp_path: Path)
         assert hosts.world.open_devices == []
 
 
+async def test_the_end_of_an_agent_is_bounded_whatever_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("operations.WITHDRAW_LIMIT_S", "agent.WITHDRAW_LIMIT_S", "agent.END_LIMIT_S"):
+        monkeypatch.setattr(f"understudy.agent.{name}", 0.3)
+    async with two_hosts(tmp_path, ("web", "db")) as hosts:
+        await protected(hosts, "web")
+        hosts.world.hold_close = asyncio.Event()
+        try:
+            async with asyncio.timeout(30):
+                await hosts.agents.pop("alpha").close()
+            assert "does not wait for the engine of web any more, after 0.3 s" in caplog.text
+            assert "the engine of db" not in caplog.text
+            assert hosts.world.running("web") == ["alpha"]
+        finally:
+            hosts.world.hold_close.set()
+
+
 async def test_the_guest_shuts_down_while_nothing_protects_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

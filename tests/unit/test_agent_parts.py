@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import stat
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -255,3 +257,32 @@ def test_without_a_service_manager_nothing_happens(monkeypatch: pytest.MonkeyPat
     notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     notify("READY=1")
+
+
+DEAF = """
+import asyncio, logging
+from understudy.agent import daemon
+
+async def deaf():
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+async def main():
+    tasks = [asyncio.create_task(deaf(), name="deaf"), asyncio.create_task(asyncio.sleep(3600), name="obedient")]
+    await asyncio.sleep(0)
+    await daemon._let_go()
+
+logging.basicConfig()
+daemon.LET_GO_S = 0.1
+asyncio.run(main())
+"""
+
+
+def test_a_task_that_does_not_end_does_not_keep_the_process() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert ended.stderr == "ERROR:understudy.agent:ending although these do not: deaf\n"

@@ -16,7 +16,7 @@ from understudy.agent.guests import GuestFiles
 from understudy.agent.history import History
 from understudy.agent.memory import RememberingArbiter
 from understudy.agent.neighbours import Neighbours
-from understudy.agent.operations import Operations
+from understudy.agent.operations import WITHDRAW_LIMIT_S, Operations
 from understudy.agent.recovery import Recovery
 from understudy.agent.telling import Tellings
 from understudy.agent.tenure import Tenure
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 __all__ = ["Agent"]
 
 log = logging.getLogger("understudy.agent")
+
+# How long the end of the agent waits, once protections are given up, seconds: for engines and requests; for the rest.
+END_LIMIT_S = 10.0
+LAST_LIMIT_S = 5.0
 
 
 class Agent:
@@ -113,24 +117,29 @@ class Agent:
             raise ConfigError(str(self.config.source), "listen", str(error), allowed) from error
 
     async def close(self) -> None:
-        """Give up protection in good order, bounded, and end. Guests run on.
+        """Give up protection in good order, and end. Guests run on.
 
         Guarantees:
             A guest that this host owned and protected runs on unprotected, unless the arbiter or its hypervisor did
             not answer in time: then it is left as it is, its output held, and the next start of the agent looks after
             it. Copies that this host held are gone, unless their owner could not be reached: then they are left, too.
+            Ends after `WITHDRAW_LIMIT_S`, `END_LIMIT_S` and twice `LAST_LIMIT_S` at the latest; what has not ended by
+            then is named in the log and left behind.
         """
-        await self.operations.withdraw()
-        await self.control.close()
+        await _within(WITHDRAW_LIMIT_S + 1, ("the end of protections", self.operations.withdraw()))
         for task in tuple(self._tasks):
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await asyncio.gather(*(tenure.close() for tenure in self.tenures.values()), return_exceptions=True)
-        await self.links.close(f"the agent on {self.host} was stopped")
-        if self.arbiter is not None:
-            await self.arbiter.close()
-        await asyncio.to_thread(self.telling.close)
+        await _within(
+            END_LIMIT_S,
+            ("the command line", self.control.close()),
+            *((task.get_name(), asyncio.wait({task})) for task in self._tasks),
+            *((f"the engine of {name}", tenure.close()) for name, tenure in self.tenures.items()),
+        )
+        arbiter = [] if self.arbiter is None else [("the arbiter", self.arbiter.close())]
+        await _within(
+            LAST_LIMIT_S, ("the links", self.links.close(f"the agent on {self.host} was stopped")), *arbiter
+        )
+        await _within(LAST_LIMIT_S, ("the history", asyncio.to_thread(self.telling.close)))
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run `work` as a task that ends with the agent; its failure is logged."""
@@ -280,6 +289,19 @@ def _make_arbiter(config: AgentConfig, plugins: Plugins) -> RememberingArbiter |
         raise ConfigError(str(config.source), "arbiter.kind", problem, ", ".join(sorted(offers)))
     made = offer.make(config.arbiter_options, config.host)
     return RememberingArbiter(made, config.directories.state / "generations")
+
+
+async def _within(limit_s: float, *work: tuple[str, Coroutine[Any, Any, object]]) -> None:
+    # Everything at once; nobody waits for what hangs, and what fails keeps nobody from ending.
+    names = {asyncio.ensure_future(each): name for name, each in work}
+    done, late = await asyncio.wait(names, timeout=limit_s)
+    for task in late:
+        log.error("the end of the agent does not wait for %s any more, after %g s", names[task], limit_s)
+        task.cancel()
+    for task in done:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("at the end of the agent: %s: %s", names[task], in_words(first_failure(error)))
 
 
 def _sentence(info: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 
 from understudy.agent import logs
@@ -15,6 +16,8 @@ from understudy.plugins import Plugins
 __all__ = ["run_agent"]
 
 log = logging.getLogger("understudy.agent")
+
+LET_GO_S = 2.0
 
 
 def run_agent(config: str | None, log_level: str) -> None:
@@ -46,3 +49,17 @@ async def _run(settings: AgentConfig, plugins: Plugins) -> None:
     log.info("the agent is being stopped; guests run on")
     notify("STOPPING=1")
     await agent.close()
+    await _let_go()
+
+
+async def _let_go() -> None:
+    # asyncio.run would wait for every task; one that does not end although it is cancelled must not keep the process.
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        _, tasks = await asyncio.wait(tasks, timeout=LET_GO_S)
+    if tasks:
+        log.error("ending although these do not: %s", ", ".join(sorted(task.get_name() for task in tasks)))
+        logging.shutdown()
+        os._exit(0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from understudy.agent.control import Call
     from understudy.hypervisor import GuestConfig, Hypervisor
 
-__all__ = ["Operations"]
+__all__ = ["WITHDRAW_LIMIT_S", "Operations"]
 
 Json = dict[str, Any]
 
