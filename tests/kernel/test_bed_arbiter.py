@@ -20,7 +20,7 @@ from understudy.arbiter_directory import DirectoryArbiter
 
 RACER = Path(__file__).with_name("racer.py")
 RACERS = 2  # in each kernel
-SWAPS = rounds(100, 2000)  # of each racer
+SWAPS = rounds(60, 2000)  # of each racer
 
 
 @pytest.fixture

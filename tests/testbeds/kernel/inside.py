@@ -39,8 +39,7 @@ class Inside:
                 return True
             item = items.get(order["run"])
             if item is None:
-                self._post.send({"unknown": order["run"], "errors": self._errors})
-                continue
+                raise pytest.UsageError(f"{order['run']} exists outside the bed only")
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=items.get(order["next"]))
             self._post.send({"done": item.nodeid})
 

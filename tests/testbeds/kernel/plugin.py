@@ -12,10 +12,7 @@ A test has its ordinary timeout inside. If it does not even end then, its kernel
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
-import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -25,159 +22,12 @@ import pytest
 
 from tests.testbeds.bed import need
 from tests.testbeds.kernel.inside import Inside
-from tests.testbeds.kernel.machine import INSIDE, MEMORY_MIB, KernelDied, Machine, missing_for_kernel
-from tests.testbeds.kernel.post import LineClosed, Post, inside, outside
+from tests.testbeds.kernel.machine import INSIDE, MEMORY_MIB, KernelDied, missing_for_kernel
+from tests.testbeds.kernel.modulebed import ORDERED, ModuleBed, NotCollected
+from tests.testbeds.kernel.post import inside
 
-BOOT_S: Final = 60.0  # deadline of boot, imports and collection: 4 s on an idle machine
 GRACE_S: Final = 10.0
-END_S: Final = 15.0
-ORDERED: Final = "UNDERSTUDY_BED_PYTEST"  # tells pytest inside that it is the inner half
-
-
-class Bed:
-    """One kernel, with a pytest inside that waits for orders.
-
-    Args:
-        config: of the outer pytest.
-        module: whose tests it shall run.
-        memory_mib: of the kernel.
-    """
-
-    def __init__(self, config: pytest.Config, module: Path, memory_mib: int) -> None:
-        self.module = module
-        self._config = config
-        kept = {key: value for key, value in os.environ.items() if key.startswith("UNDERSTUDY_")}
-        self.machine = Machine(
-            [sys.executable, "-m", "pytest", *self._arguments()],
-            cwd=config.rootpath,
-            env={**kept, ORDERED: "1", "COVERAGE_FILE": "/run/tmp/coverage"},
-            memory_mib=memory_mib,
-        )
-        self.post: Post = outside(self.machine.line.fileno(), self.machine.run)
-
-    def _arguments(self) -> list[str]:
-        config = self._config
-        arguments = [
-            str(self.module),
-            f"--rootdir={config.rootpath}",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-        ]
-        if config.inipath is not None:
-            arguments += ["-c", str(config.inipath)]
-        arguments += [f"--tb={config.option.tbstyle}", f"--capture={config.option.capture}"]
-        if config.option.showlocals:
-            arguments.append("--showlocals")
-        if config.option.verbose > 0:
-            arguments.append("-" + "v" * config.option.verbose)
-        if getattr(config.option, "timeout", None) is not None:
-            arguments.append(f"--timeout={config.option.timeout}")
-        arguments += _coverage_arguments(config)
-        return arguments
-
-    def ready(self) -> None:
-        """Wait until the tests are collected inside.
-
-        Raises:
-            KernelDied: the kernel died, or pytest inside did not get that far in time.
-        """
-        self.receive(BOOT_S)
-
-    def receive(self, timeout_s: float) -> Any:
-        """Return the next message from inside.
-
-        Raises:
-            KernelDied: none came; the kernel is dead now.
-        """
-        try:
-            return self.post.receive(timeout_s)
-        except TimeoutError:
-            self.machine.kill()
-            raise self.machine.died(f"was killed: it said nothing more for {timeout_s:.0f} s") from None
-        except LineClosed:
-            raise self._ended() from None
-
-    def run(
-        self, item: pytest.Item, following: pytest.Item | None, timeout_s: float
-    ) -> Iterator[pytest.TestReport]:
-        """Run one test and yield the report of each phase as it ends.
-
-        Args:
-            item: the test.
-            following: the test that this kernel runs next: fixtures that both share stay.
-            timeout_s: until its last phase has ended.
-
-        Raises:
-            KernelDied: the kernel died meanwhile, or was killed because the time was over.
-        """
-        deadline = time.monotonic() + timeout_s
-        self.order({"run": item.nodeid, "next": following.nodeid if following is not None else None})
-        while True:
-            message = self.receive(max(0.0, deadline - time.monotonic()))
-            if "done" in message:
-                return
-            if "unknown" in message:
-                raise KernelDied(
-                    "\n".join(["pytest inside the bed did not find this test", *message["errors"]])
-                )
-            yield self._report(message["report"])
-
-    def _report(self, data: dict[str, Any]) -> pytest.TestReport:
-        # JSON has made lists of the tuples; that a skip's reason is a tuple, for one, is relied upon.
-        for name in ("longrepr", "location"):
-            if isinstance(data[name], list):
-                data[name] = tuple(data[name])
-        for name in ("sections", "user_properties"):
-            data[name] = [tuple(each) for each in data[name]]
-        report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
-        assert isinstance(report, pytest.TestReport)
-        return report
-
-    def order(self, message: Any) -> None:
-        """Send a message to the inside.
-
-        Raises:
-            KernelDied: nobody is there.
-        """
-        try:
-            self.post.send(message)
-        except LineClosed:
-            raise self._ended() from None
-
-    def _ended(self) -> KernelDied:
-        try:
-            return self.machine.died(f"ended, and pytest in it with status {self.machine.wait(END_S)}")
-        except KernelDied as problem:
-            return problem
-
-    def close(self) -> None:
-        """End the kernel, in peace if it can be, and take the coverage data along."""
-        try:
-            self.post.send(None)
-            self.machine.wait(END_S)
-        except (LineClosed, KernelDied):
-            pass  # its last test has told
-        finally:
-            self._fetch_coverage()
-            self.machine.close()
-
-    def _fetch_coverage(self) -> None:
-        made = self.machine.run / "coverage"
-        plugin = self._config.pluginmanager.getplugin("_cov")
-        if made.exists() and plugin is not None:
-            # pytest-cov combines what lies beside its own file when it ends.
-            shutil.copy(made, f"{plugin.cov_controller.cov.config.data_file}.{self.machine.run.name}")
-
-
-def _coverage_arguments(config: pytest.Config) -> list[str]:
-    options = config.option
-    if config.pluginmanager.getplugin("_cov") is None or options.no_cov:
-        return []
-    sources = [f"--cov={source}" for source in options.cov_source or ()] or ["--cov"]
-    branch = ["--cov-branch"] if options.cov_branch else []
-    return [*sources, *branch, f"--cov-config={options.cov_config}", "--cov-report="]
+UNTIMED_S: Final = 600.0  # deadline of a test that has no timeout: not even the bed waits for ever
 
 
 class Outside:
@@ -185,8 +35,8 @@ class Outside:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._bed: Bed | None = None
-        self._broken: dict[Path, KernelDied] = {}
+        self._bed: ModuleBed | None = None
+        self._broken: dict[Path, Exception] = {}
         self._timeout_s: dict[str, float] = {}
 
     @pytest.hookimpl(tryfirst=True)
@@ -234,18 +84,18 @@ class Outside:
         phase: Literal["setup", "call", "teardown"] = "setup"
         try:
             bed = self._bed_for(item)
-            timeout_s = self._timeout_s.get(item.nodeid, math.inf)
+            timeout_s = self._timeout_s.get(item.nodeid, UNTIMED_S)
             for report in bed.run(item, following, timeout_s + GRACE_S):
                 phase = "call" if report.when == "setup" and report.passed else "teardown"
                 yield report
-        except KernelDied as problem:
+        except (KernelDied, NotCollected) as problem:
             self._close()
             took_s = time.monotonic() - began
             yield _failure(item, phase, str(problem), took_s)
             if phase != "teardown":
                 yield _failure(item, "teardown", None, 0.0)
 
-    def _bed_for(self, item: pytest.Item) -> Bed:
+    def _bed_for(self, item: pytest.Item) -> ModuleBed:
         if item.path in self._broken:
             raise self._broken[item.path]
         if self._bed is not None and self._bed.module != item.path:
@@ -255,10 +105,10 @@ class Outside:
                 each.get_closest_marker("kernel") for each in item.session.items if each.path == item.path
             )
             sizes = [mark.kwargs.get("memory_mib", MEMORY_MIB) for mark in marks if mark is not None]
-            self._bed = Bed(self._config, item.path, max(sizes))
+            self._bed = ModuleBed(self._config, item.path, max(sizes))
             try:
                 self._bed.ready()
-            except KernelDied as problem:
+            except (KernelDied, NotCollected) as problem:
                 self._broken[item.path] = problem
                 raise
         return self._bed
