@@ -8,6 +8,7 @@ import pytest
 
 from tests.testbeds.twoagents import TwoHosts, errors_of, two_hosts
 from understudy.agent.faults import describe
+from understudy.arbiter import RecordState
 from understudy.device import Finding, Severity
 from understudy.errors import (
     ArbiterUnavailable,
@@ -176,17 +177,20 @@ async def test_both_hosts_die_and_the_owner_starts_its_guest_again(tmp_path: Pat
     async with two_hosts(tmp_path) as hosts:
         await protected(hosts)
         await hosts.until(lambda: hosts.role("beta") == "standby")
-        # The standby is gone first and takes its copy along; the primary's host dies before it can tell the arbiter.
-        await asyncio.gather(hosts.crash("alpha"), hosts.crash("beta"))
+        # Both are gone before either of them can tell the arbiter.
+        with hosts.arbiter_lost():
+            await asyncio.gather(hosts.crash("alpha"), hosts.crash("beta"))
         hosts.world.guests.clear()
         await hosts.boot("alpha")
-        await asyncio.sleep(0.3)
+        await hosts.until(lambda: hosts.role("alpha") == "recovering")
         record = await hosts.agents["alpha"].need_arbiter().read("web")
         assert record is not None
-        if record.state.value == "protected":
-            assert hosts.world.running("web") == []  # protected entitles nobody to start
+        assert (record.state, record.owner) == (RecordState.PROTECTED, "alpha")
+        assert hosts.world.running("web") == []  # protected entitles nobody to start
+        # The standby says that it holds nothing of the guest.
         await hosts.boot("beta")
-        await hosts.until(lambda: len(hosts.world.running("web")) == 1, timeout_s=10)
+        await hosts.until(lambda: hosts.role("alpha") == "alone", timeout_s=10)
+        await hosts.until(lambda: hosts.world.running("web") == ["alpha"])
 
 
 async def test_ctrl_c_during_protect_leaves_the_guest_unprotected_and_both_hosts_clean(
