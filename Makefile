@@ -29,16 +29,16 @@ setup:
 demo: setup
 	@$(ROOT) $(BIN)/understudy demo
 
-test: export UNDERSTUDY_REQUIRE ?= qemu
+test: export UNDERSTUDY_REQUIRE ?= qemu,kernel
 test: setup
 	@$(ROOT) $(BIN)/pytest $(PYTEST_ARGS)
 
-test-long: export UNDERSTUDY_REQUIRE ?= qemu
+test-long: export UNDERSTUDY_REQUIRE ?= qemu,kernel
 test-long: export UNDERSTUDY_ROUNDS := long
 test-long: setup
 	@$(ROOT) $(BIN)/pytest --timeout 1800 $(PYTEST_ARGS)
 
-test-qemu10: export UNDERSTUDY_REQUIRE ?= qemu
+test-qemu10: export UNDERSTUDY_REQUIRE ?= qemu,kernel
 test-qemu10: setup
 	@tools/unpack-qemu10
 	@UNDERSTUDY_QEMU=$(CURDIR)/.cache/qemu10/bin/qemu-system-x86_64 $(ROOT) $(BIN)/pytest tests/qemu $(PYTEST_ARGS)

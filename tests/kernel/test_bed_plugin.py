@@ -22,6 +22,8 @@ import pytest
 from tests.testbeds.bed import need
 from tests.testbeds.kernel.machine import missing_for_kernel
 
+pytestmark = pytest.mark.timeout(180)
+
 ROOT: Final = Path(__file__).parents[2]
 INI: Final = f"""
 [pytest]
@@ -110,7 +112,6 @@ def outcome(case: ET.Element) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 def test_every_outcome(project: Project) -> None:
     project.module(
         "test_one.py",

@@ -54,8 +54,10 @@ class Post:
         self._sent += 1
         # Closing the file is what writes it back from the guest's page cache to the host.
         (self._run / f"{self._outgoing}{self._sent}").write_text(json.dumps(message))
+        left = b"%d\n" % self._sent
         try:
-            os.write(self.line, b"%d\n" % self._sent)
+            while left:
+                left = left[os.write(self.line, left) :]
         except OSError as problem:
             raise LineClosed(str(problem)) from problem
 
