@@ -95,6 +95,18 @@ class Bed:
         processes = self.pair.lab.hosts[name].processes().values()
         return not any(words and "qemu-system" in words[0] for words in processes)
 
+    async def decided(self) -> str:
+        """Wait until one host says that it goes on alone and the other has no copy left; return the one."""
+        limit = time.monotonic() + 40
+        while True:
+            rows = {name: await self.row(name) for name in ("alpha", "beta")}
+            alone = [name for name, row in rows.items() if row.get("state") == "alone"]
+            assert len(alone) < 2, rows
+            if alone and all(self.gone(name) for name in rows if name not in alone):
+                return alone[0]
+            assert time.monotonic() < limit, rows
+            await asyncio.sleep(0.1)
+
     async def sound_on(self, name: str) -> None:
         """Demand the client's verdict, the guest being on `name`."""
         assert self.talk.problems == []
@@ -268,14 +280,10 @@ async def test_the_cable_is_cut_and_exactly_one_side_goes_on(bed: Bed, busy: boo
         os.kill(bed.talk.process.pid, signal.SIGSTOP)
     since_ns = time.monotonic_ns()
     await bed.pair.lab.hosts["alpha"].cut_cable()
-    await asyncio.sleep(4)
+    winner = await bed.decided()
     os.kill(bed.talk.process.pid, signal.SIGCONT)
     await bed.goes_on(since_ns)
-    states = {name: (await bed.row(name)).get("state") for name in ("alpha", "beta")}
-    assert sorted(states.values(), key=str).count("alone") == 1, states
-    winner = next(name for name, state in states.items() if state == "alone")
-    loser = "beta" if winner == "alpha" else "alpha"
-    await until(lambda: bed.gone(loser))
+    assert await bed.decided() == winner
     await bed.sound_on(winner)
     await bed.pair.lab.hosts["alpha"].mend_cable()
     await bed.pair.linked("alpha")
