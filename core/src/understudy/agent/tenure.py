@@ -14,13 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from understudy.agent.seat import Seat
 from understudy.device import ReplicationMode
 from understudy.engine import Driver, PrimarySession, SecondarySession, Surroundings
 from understudy.engine.words import encode
 from understudy.errors import GuestBusy, StateError
 from understudy.phases import in_words
 from understudy.session import PrimaryState, SecondaryState, State, owner, standby
-from understudy.session.events import Ended, GuestReset
+from understudy.session.events import Ended
 
 if TYPE_CHECKING:
     from understudy.arbiter import Record
@@ -51,7 +52,7 @@ RECOVERY_LIMIT_S = 8.0
 ProgressWatcher = Callable[[str, int, int], None]
 
 
-class Tenure:
+class Tenure(Seat):
     """One guest on this host.
 
     Args:
@@ -72,11 +73,11 @@ class Tenure:
         changed: Callable[[Tenure], None],
         tidy: Callable[[str], None],
     ) -> None:
+        super().__init__(name)
         self.name = name
         self.host = host
         self.busy = ""  #: what is under way, e.g. ``"protect"``; empty if nothing is
         self.problem = ""  #: what the operator should know, one sentence
-        self.driver: Driver | None = None
         self.record: Record | None = None  #: as it was last seen
         self.watchers: set[ProgressWatcher] = set()
         self._life = life
@@ -84,9 +85,7 @@ class Tenure:
         self._surroundings = surroundings
         self._changed = changed
         self._tidy = tidy
-        self._run: asyncio.Task[None] | None = None
         self._follow: asyncio.Task[None] | None = None
-        self._moved = asyncio.Event()
         self._free = asyncio.Event()  # nothing is under way
 
     # --- One operation at a time ---------------------------------------------------------------------------------
@@ -215,8 +214,7 @@ class Tenure:
         """Wake those who wait for a change of state."""
         if self.driver is not None and self.driver.machine.joined is not None:
             self.record = self.driver.machine.joined
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
+        self.wake()
         self._changed(self)
 
     async def _following(self, driver: Driver) -> None:
@@ -227,7 +225,7 @@ class Tenure:
             seen = await driver.reach(*others)
             self.moved()
             if seen in {SecondaryState.ALONE, PrimaryState.DISCARDED, SecondaryState.DISCARDED}:
-                await self._settle(driver)
+                await self.settle(driver)
                 # A step that failed is repeated by the engine; what is torn down has no group any more.
                 tries = 0
                 while isinstance(driver, PrimarySession | SecondarySession) and driver.group is not None:
@@ -238,10 +236,10 @@ class Tenure:
                         self.problem = f"the remains of its takeover could not be removed: {left}"
                         break
                     await asyncio.sleep(RETRY_S)
-                    await self._settle(driver)
+                    await self.settle(driver)
                 self._tidy(self.name)
             elif seen in RUNNING_HERE:
-                await self._settle(driver)
+                await self.settle(driver)
                 if driver.state is seen and not self.busy:
                     self._tidy(self.name)  # what is busy tidies by itself
             if seen is SecondaryState.ALONE:
@@ -252,20 +250,6 @@ class Tenure:
                 await self.close()
                 self.moved()
                 return
-
-    async def _settle(self, driver: Driver) -> None:
-        # The state is set before its effects are carried out. An event that means nothing anywhere is taken after
-        # them, because events are taken one by one.
-        run = self._run
-        asking = asyncio.ensure_future(driver.ask(GuestReset()))
-        try:
-            await asyncio.wait(
-                {asking, run} if run is not None else {asking}, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            asking.cancel()
-        if asking.done() and not asking.cancelled():
-            asking.exception()  # refused is as good as ignored
 
     async def _take_over(self, driver: Driver) -> None:
         # The copy is the guest now, and this host owns it: from here on it is an owner's business. The standby's
@@ -286,39 +270,6 @@ class Tenure:
         )
         self._install(PrimarySession(machine, driver.around))
         self.moved()
-
-    async def reach(self, *states: State, timeout_s: float | None = None) -> State:
-        """Wait until whatever engine is here is in one of `states` and has done what leads there.
-
-        No engine counts as discarded.
-
-        Raises:
-            StateError: The engine failed.
-            TimeoutError: It did not come to that in time.
-        """
-        async with asyncio.timeout(timeout_s):
-            while True:
-                moved = self._moved
-                driver = self.driver
-                if driver is None:
-                    if PrimaryState.DISCARDED in states or SecondaryState.DISCARDED in states:
-                        return SecondaryState.DISCARDED
-                elif driver.state in states:
-                    await self._settle(driver)
-                    if driver is self.driver and driver.state in states:
-                        return driver.state
-                    continue
-                elif self._run is not None and self._run.done():
-                    raise StateError(f"guest {self.name}: {self.problem or 'the engine has ended'}")
-                await moved.wait()
-
-    def failure(self, default: str) -> BaseException:
-        """Return why the last session failed: the engine's first failure, else its cause in words, else `default`."""
-        driver = self.driver
-        if driver is not None and driver.failure is not None:
-            return driver.failure
-        cause = driver.machine.cause if driver is not None else ""
-        return StateError(f"{default}: {cause}" if cause else default)
 
     def told(self, what: str, done_bytes: int, total_bytes: int) -> None:
         """Tell the watchers how far an initial copy is."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from understudy.agent.seat import Seat
 from understudy.arbiter import Record
 from understudy.engine import Driver, PrimarySession, SecondarySession, Surroundings
 from understudy.errors import StateError, UnderstudyError
@@ -14,7 +15,7 @@ from understudy.hypervisor import GuestConfig, GuestState, HostContext
 from understudy.interval import Fixed
 from understudy.report import EpochReport
 from understudy.session import Machine, PrimaryState, SecondaryState, State, owner, standby, successor
-from understudy.session.events import GuestGone, GuestReset, GuestShutdown, Recover
+from understudy.session.events import GuestGone, GuestShutdown, Recover
 from understudy.testing.hypervisor import SimulatedHypervisor
 from understudy.testing.simdevices import simulated_subkinds
 from understudy.testing.simhost import SimulatedHost
@@ -60,7 +61,7 @@ class Telling:
         """Ignore progress."""
 
 
-class Site:
+class Site(Seat):
     """One host with one life of its agent.
 
     Args:
@@ -70,6 +71,7 @@ class Site:
     """
 
     def __init__(self, pair: SimulatedPair, host: SimulatedHost, config: GuestConfig) -> None:
+        super().__init__(GUEST)
         self.pair = pair
         self.host = host
         self.name = host.name
@@ -78,11 +80,9 @@ class Site:
         self.arbiter: ArbiterView = pair.arbiter.view(self.name)
         here = HostContext(self.name, self.name, pair.directory, pair.directory, pair.directory / self.name)
         self.hypervisor = SimulatedHypervisor(here, host, gates=pair.gates, early_resume=pair.early_resume)
-        self.driver: Driver | None = None
         self._life = f"{self.name}{next(pair.lives)}"
         self.attending = False
         self._engines = 0
-        self._moved = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.telling = Telling(pair, self.name)
 
@@ -117,32 +117,6 @@ class Site:
         self._install(driver)
         return driver
 
-    async def reach(self, *states: State, timeout_s: float | None = None) -> State:
-        """Wait until the engine here is in one of `states` and has done what leads there; none counts as discarded.
-
-        Raises:
-            TimeoutError: It did not come to that in time.
-        """
-        async with asyncio.timeout(timeout_s):
-            while True:
-                moved, driver = self._moved, self.driver
-                if driver is None:
-                    if _S.DISCARDED in states or _P.DISCARDED in states:
-                        return _S.DISCARDED
-                elif driver.state in states:
-                    await self._settle(driver)
-                    if driver is self.driver and driver.state in states:
-                        return driver.state
-                    continue
-                await moved.wait()
-
-    def failure(self, default: str) -> BaseException:
-        """Return why the last session failed: the engine's first failure, else its cause in words."""
-        driver = self.driver
-        if driver is not None and driver.failure is not None:
-            return driver.failure
-        return StateError(f"{default}: {driver.machine.cause if driver is not None else ''}")
-
     def die(self) -> None:
         """End the agent at once; nothing that its tasks still do has any effect."""
         self.alive = False
@@ -168,13 +142,11 @@ class Site:
     def _install(self, driver: Driver) -> None:
         loop = asyncio.get_running_loop()
         self.driver = driver
-        self._tasks = [
-            loop.create_task(driver.run(), name=f"{self.name}: engine"),
-            loop.create_task(self._follow(driver), name=f"{self.name}: follow"),
-        ]
+        self._run = loop.create_task(driver.run(), name=f"{self.name}: engine")
+        self._tasks = [self._run, loop.create_task(self._follow(driver), name=f"{self.name}: follow")]
         if isinstance(driver, PrimarySession):
             self._tasks.append(loop.create_task(self._watch(driver), name=f"{self.name}: watch"))
-        self._tasks[0].add_done_callback(self._ran)
+        self._run.add_done_callback(self._ran)
         self._tell_moved()
 
     def _ran(self, run: asyncio.Task[None]) -> None:
@@ -182,13 +154,12 @@ class Site:
             self.pair.network.accuse(f"the engine of {self.name} failed: {run.exception()!r}")
 
     def _tell_moved(self) -> None:
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
+        self.wake()
         if self.alive:
             self.pair.reattach()
 
     async def _close(self) -> None:
-        driver, self.driver = self.driver, None
+        driver, self.driver, self._run = self.driver, None, None
         tasks, self._tasks = [task for task in self._tasks if task is not asyncio.current_task()], []
         for task in tasks:
             task.cancel()
@@ -196,11 +167,6 @@ class Site:
             await asyncio.wait(tasks)
         if driver is not None:
             await driver.close()
-
-    async def _settle(self, driver: Driver) -> None:
-        # The state is set before its effects are carried out; an event that means nothing comes after them.
-        with suppress(StateError):
-            await driver.ask(GuestReset())
 
     async def _follow(self, driver: Driver) -> None:
         seen: State | None = None
@@ -211,10 +177,10 @@ class Site:
             if seen not in _OVER:
                 continue
             assert isinstance(driver, PrimarySession | SecondarySession)  # noqa: S101 - there are no others
-            await self._settle(driver)
+            await self.settle(driver)
             while driver.group is not None:  # what failed is done again
                 await asyncio.sleep(0.2)
-                await self._settle(driver)
+                await self.settle(driver)
             await self._hand_over(driver)
             return
 
