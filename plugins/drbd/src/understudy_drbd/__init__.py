@@ -1,0 +1,1 @@
+"""Disks on DRBD, rolled back to the last checkpoint by dm-thin, for Understudy."""
