@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import termios
 
 from tests.testbeds.kernel.machine import MEMORY_MIB, KernelDied, Machine, missing_for_kernel
 
@@ -17,13 +18,16 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=MEMORY_MIB, metavar="MIB", help="of the guest")
     parser.add_argument("--timeout", type=float, metavar="S", help="kill the kernel after so many seconds")
     parser.add_argument("--keep", action="store_true", help="keep the run directory and say where it is")
-    parser.add_argument("command", nargs="*", default=[], help="a shell by default")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a shell by default")
     given = parser.parse_args()
+    command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if missing := missing_for_kernel():
         parser.error(f"the bed needs {', '.join(missing)}: run 'make setup'")
     keyboard = sys.stdin.isatty()
+    # The kernel makes a terminal raw and does not always live to undo it.
+    state = termios.tcgetattr(0) if keyboard else None
     machine = Machine(
-        given.command or ["bash"],
+        command or ["bash"],
         env={
             key: value for key, value in os.environ.items() if key == "TERM" or key.startswith("UNDERSTUDY_")
         },
@@ -37,6 +41,8 @@ def main() -> int:
         return DIED
     finally:
         machine.close(keep=given.keep)
+        if state is not None:
+            termios.tcsetattr(0, termios.TCSADRAIN, state)
         if given.keep:
             print(f"kept: {machine.run}", file=sys.stderr)  # noqa: T201
 

@@ -145,7 +145,10 @@ class Machine:
         script = f"cd {shlex.quote(str(cwd))}\n{shlex.join(words)}\n"
         if terminal is not None:
             # A session of its own makes it the controlling terminal: job control and Ctrl-C work.
-            mode = "sane" if os.isatty(terminal[1]) else "raw"
+            mode = "raw"
+            if os.isatty(terminal[1]):
+                size = os.get_terminal_size(terminal[1])
+                mode = f"sane rows {size.lines} cols {size.columns}"
             (self.run / "in-terminal").write_text(f"/bin/busybox stty {mode}\n{script}")
             script = 'exec /bin/busybox setsid -c /bin/sh "$BED_RUN/in-terminal" <>/dev/tty1 >&0 2>&1\n'
         (self.run / "command").write_text(script)
