@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 # The daemons, the demo and the QEMU tests make namespaces and taps: root, or sudo.
 ROOT := tools/as-root
-FAST_TESTS = $(wildcard tests/unit tests/contract tests/sim tests/docs)
+FAST_TESTS = $(wildcard tests/unit tests/contract tests/sim tests/docs tests/hotplug)
 
 .PHONY: help setup demo test test-long test-qemu10 check lint types imports fast-tests bench constraints fresh clean
 
@@ -49,6 +49,7 @@ check: setup
 lint:
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@tools/lint-shell
 
 types:
 	@$(BIN)/mypy
