@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.testbeds.bed import missing_for_qemu, need
+from tests.testbeds.rounds import LONG, rounds
 from understudy_qemu.demo.chain import COMMAND_PORT
 from understudy_qemu.demo.pair import GUEST, CommandFailed, GuestPlan, Pair
 from understudy_qemu.demo.talk import Talk
@@ -29,7 +30,6 @@ from understudy_qemu.demo.tinyguest import build_guest
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(120)]
 
 MS = 10**6
-LONG = os.environ.get("UNDERSTUDY_ROUNDS") == "long"
 
 
 class Bed:
@@ -148,6 +148,13 @@ async def until(condition: Callable[[], bool], timeout_s: float = 40) -> None:
             await asyncio.sleep(0.02)
 
 
+def seeded() -> random.Random:
+    """Return chance that can be repeated: pytest shows the seed of a test that failed."""
+    seed = int(os.environ.get("UNDERSTUDY_SEED") or time.time_ns() % 10**6)
+    sys.stdout.write(f"seed {seed}: UNDERSTUDY_SEED={seed} repeats it\n")
+    return random.Random(seed)
+
+
 # --- The primary's host ----------------------------------------------------------------------------------------------
 
 
@@ -159,11 +166,9 @@ async def test_kills_at_random_moments(mode: str, draw: int, tmp_path: Path) -> 
 
 
 async def kill_at_random_moments(bed: Bed) -> None:
-    seed = int(os.environ.get("UNDERSTUDY_SEED") or time.time_ns() % 10**6)
-    sys.stdout.write(f"seed {seed}: UNDERSTUDY_SEED={seed} repeats it\n")
-    chance = random.Random(seed)
+    chance = seeded()
     primary, standby = "alpha", "beta"
-    for _ in range(20 if LONG else 5):
+    for _ in range(rounds(5, 20)):
         await bed.protect(primary)
         await asyncio.sleep(chance.uniform(0.1, 1.5))
         since_ns = time.monotonic_ns()
@@ -267,6 +272,22 @@ async def test_the_secondary_is_lost_during_the_first_copy(bed: Bed) -> None:
         await task
     await bed.goes_on()
     await bed.sound_on("alpha")
+
+
+@pytest.mark.timeout(600 if LONG else 120)
+async def test_the_secondary_is_lost_at_any_moment_of_the_first_copy(bed: Bed) -> None:
+    # Connecting the disks, copying them, swapping them for replication, copying the memory: each waits for the peer.
+    chance = seeded()
+    for _ in range(rounds(2, 20)):
+        task = asyncio.ensure_future(bed.protect())
+        await asyncio.sleep(chance.uniform(0.8, 2.2))
+        await bed.pair.lose("beta")
+        with suppress(CommandFailed):
+            await task
+        await bed.goes_on()
+        await bed.sound_on("alpha")
+        await bed.pair.bring_back("beta")
+        await until(lambda: bed.gone("beta"))
 
 
 # --- The cable alone -------------------------------------------------------------------------------------------------
