@@ -77,6 +77,11 @@ async def test_a_gate_that_does_not_open_at_once_is_opened_later(tmp_path: Path)
         hosts.world.fail.add("teardown")
         await hosts.call("alpha", "unprotect", guest="web")
         assert ("primary", "nic0") in hosts.world.open_devices
+        with pytest.raises(
+            StateError, match=r"still being removed: .*the gate does not open; try again later"
+        ):
+            await hosts.call("alpha", "protect", guest="web")
+        assert ("primary", "nic0") in hosts.world.open_devices
         hosts.world.fail.clear()
         await hosts.until(lambda: hosts.world.open_devices == [])
         assert hosts.world.running("web") == ["alpha"]

@@ -209,6 +209,16 @@ class Operations:
                 raise StateError(
                     f"guest {guest} is {driver.state.value} on {self._agent.host}; nothing was done"
                 )
+            if driver.group is not None:
+                # A new session would have devices of its own, and nobody would ask these again.
+                why = (
+                    in_words(first_failure(driver.failure))
+                    if driver.failure is not None
+                    else "it does not end"
+                )
+                raise StateError(
+                    f"what the last protection of guest {guest} left is still being removed: {why}; try again later"
+                )
             driver.failure = None
             driver.around = self._agent.surroundings(config, hypervisor)
             driver.bwlimit_bytes_per_s = int(call.params.get("bwlimit_bytes_per_s") or 0)
