@@ -42,7 +42,7 @@ with socket.create_server(("", 7000)) as listening:
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
     need("kernel", missing_for_kernel())
-    async with Pair(memory_mib=256, disks_mib=(8,)) as booted:
+    async with Pair(memory_mib=256, mtu=9000, disks_mib=(8,)) as booted:
         yield booted
 
 
@@ -64,6 +64,9 @@ async def test_talk_crash_and_return(pair: Pair) -> None:
         pair.beta.run(sys.executable, "-c", CLIENT, "alpha", pair.common, timeout_s=90)
     )
     await appears(pair, "talked")
+    # Frames as large as was asked for.
+    assert " mtu 9000 " in (await pair.alpha.run("ip", "link", "show", "vec0")).output
+    await pair.alpha.run("busybox", "ping", "-c1", "-W20", "-s8972", "beta")
     await pair.alpha.run("sh", "-c", f"echo kept >{pair.alpha.directory}/file")
     await pair.alpha.run("dd", "if=/dev/zero", "of=/dev/ubda", "bs=4096", "count=1", "oflag=direct")
     await pair.alpha.run("sh", "-c", "echo written | dd of=/dev/ubda conv=fsync bs=4096")

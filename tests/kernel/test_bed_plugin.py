@@ -180,9 +180,22 @@ def test_every_outcome(project: Project) -> None:
             assert os.uname().nodename == "bed"
         """,
     )
-    project.module("test_two.py", "@pytest.mark.kernel\ndef test_other_module(): pass\n")
+    project.module(
+        "test_two.py",
+        """
+        @pytest.fixture(scope="module")
+        def outer():
+            yield
+            raise OSError("not swept outside")
+
+        def test_outside_too(outer): pass
+
+        @pytest.mark.kernel
+        def test_other_module(): pass
+        """,
+    )
     said = project.run(status=1)
-    assert "4 failed, 6 passed, 1 skipped, 1 xfailed, 1 error" in said
+    assert "4 failed, 7 passed, 1 skipped, 1 xfailed, 2 errors" in said
     cases = project.cases()
     assert {name: outcome(case) for name, case in cases.items()} == {
         "test_passes": "passed",
@@ -196,15 +209,17 @@ def test_every_outcome(project: Project) -> None:
         "test_hangs_beyond_signals": "failure",
         "test_panics": "failure",
         "test_after_it": "passed",
-        "test_other_module": "passed",
+        "test_outside_too": "passed",
+        "test_other_module": "error",
     }
     assert cases["test_passes"].find("properties/property[@value='bed']") is not None
     assert float(cases["test_fails"].attrib["time"]) >= 0.01
     assert "AssertionError: assert 'kernel' == 'elsewhere'" in said
     assert "said inside" in said
-    assert "OSError: not swept" in said
+    assert "OSError: not swept\n" in said
+    assert "OSError: not swept outside\n" in said
     assert "Timeout (>1.0s) from pytest-timeout" in said
-    assert "the kernel of the bed was killed: the test did not end within its timeout and 2 s in all" in said
+    assert "the kernel of the bed was killed: the test with its fixtures did not end within 2 s" in said
     assert "Kernel panic - not syncing: sysrq triggered crash" in (cases["test_panics"][0].text or "")
     assert cases["test_parameter[2]"][0].attrib["message"] == "two is too many"
 

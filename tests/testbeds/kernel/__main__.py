@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import termios
 
@@ -39,6 +40,8 @@ def main() -> int:
     except KernelDied as problem:
         print(problem, file=sys.stderr)  # noqa: T201 - a command line talks
         return DIED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
         machine.close(keep=given.keep)
         if state is not None:

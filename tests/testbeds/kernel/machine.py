@@ -93,7 +93,6 @@ class Machine:
         wires: its network interfaces.
         terminal: file descriptors that the command reads and writes as a terminal, -1 for nothing to read; by default
             its output goes to the console.
-        directory: where the run directory is made.
 
     Guarantees:
         After `close` no process and no file of it is left. When this process dies the guest powers off by itself.
@@ -114,9 +113,8 @@ class Machine:
         disks: Sequence[Path] = (),
         wires: Sequence[Wire] = (),
         terminal: tuple[int, int] | None = None,
-        directory: Path | None = None,
     ) -> None:
-        self.run = Path(tempfile.mkdtemp(prefix="understudy-bed-", dir=directory))
+        self.run = Path(tempfile.mkdtemp(prefix="understudy-bed-"))
         self._console = self.run / "console"
         self.line, serial = socket.socketpair()
         self._life, lifeline = socket.socketpair()
@@ -191,11 +189,6 @@ class Machine:
                 # One group for the kernel and what it starts: killed alone it leaves two processes behind.
                 start_new_session=True,
             )
-
-    @property
-    def alive(self) -> bool:
-        """Whether the kernel still runs."""
-        return self._process.poll() is None
 
     @property
     def pid(self) -> int:

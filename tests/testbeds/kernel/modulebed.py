@@ -93,7 +93,7 @@ class ModuleBed:
             KernelDied: the kernel died meanwhile, or was killed because the time was over.
         """
         deadline = time.monotonic() + timeout_s
-        over = f"the test did not end within its timeout and {timeout_s:g} s in all"
+        over = f"the test with its fixtures did not end within {timeout_s:g} s"
         self._busy = True
         try:
             self._post.send({"run": item.nodeid, "next": following and following.nodeid})
@@ -132,9 +132,8 @@ class ModuleBed:
     def close(self) -> None:
         """End the kernel, in peace if it can be, and take the coverage data along."""
         try:
-            if (
-                not self._busy
-            ):  # else somebody pressed Ctrl-C, and it would not listen before the test has ended
+            # A test that still runs was interrupted by Ctrl-C; pytest inside would not listen before its end.
+            if not self._busy:
                 self._post.send(None)
                 self.machine.wait(END_S)
         except (LineClosed, KernelDied):

@@ -27,6 +27,7 @@ from tests.testbeds.kernel.modulebed import ORDERED, ModuleBed, NotCollected
 from tests.testbeds.kernel.post import inside
 
 GRACE_S: Final = 10.0
+FAILURES: Final = (KernelDied, NotCollected, OSError)  # of the bed: told as the failure of the test
 UNTIMED_S: Final = 600.0  # deadline of a test that has no timeout: not even the bed waits for ever
 
 
@@ -44,18 +45,22 @@ class Outside:
         """Run a marked test inside; let pytest do as ever where the bed is missing, which skips it."""
         if not _is_ours(item) or missing_for_kernel():
             return None
-        following = (
-            nextitem if nextitem is not None and _is_ours(nextitem) and nextitem.path == item.path else None
-        )
+        following = nextitem
+        if nextitem is None or not _is_ours(nextitem) or nextitem.path != item.path:
+            following = None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self._reports(item, following):
             hook.pytest_runtest_logreport(report=report)
-        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         if following is None:
             self._close()
-        # The test before may have left what it shares with this one, which was never set up here, standing.
-        item.session._setupstate.teardown_exact(nextitem)
+        # A test before this one may have left standing outside what it thought to share with it.
+        call = pytest.CallInfo.from_call(
+            lambda: item.session._setupstate.teardown_exact(nextitem), when="teardown"
+        )
+        if call.excinfo is not None:
+            hook.pytest_runtest_logreport(report=hook.pytest_runtest_makereport(item=item, call=call))
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -88,7 +93,7 @@ class Outside:
             for report in bed.run(item, following, timeout_s + GRACE_S):
                 phase = "call" if report.when == "setup" and report.passed else "teardown"
                 yield report
-        except (KernelDied, NotCollected) as problem:
+        except FAILURES as problem:
             self._close()
             took_s = time.monotonic() - began
             yield _failure(item, phase, str(problem), took_s)
@@ -108,7 +113,7 @@ class Outside:
             self._bed = ModuleBed(self._config, item.path, max(sizes))
             try:
                 self._bed.ready()
-            except (KernelDied, NotCollected) as problem:
+            except FAILURES as problem:
                 self._broken[item.path] = problem
                 raise
         return self._bed
