@@ -1,33 +1,99 @@
-"""The subkind ``filter-buffer`` keeps the contract, on a model of QEMU's packet filters."""
+"""The subkind ``filter-buffer`` keeps the contract, on a model of QEMU's packet filters and of the kernel's block.
+
+The block in a real kernel is tried in tests/qemu/test_egress_block.py, with a real QEMU behind it in
+tests/qemu/test_stopped_agent.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from understudy.device import (
     Decline,
     DeviceInfo,
+    Finding,
     Gate,
     Kind,
     Mode,
     OpenContext,
     Peer,
+    ProbeContext,
     ReplicationMode,
+    Severity,
     Verdict,
 )
 from understudy.errors import HypervisorError
 from understudy.services import MONITOR, Services
 from understudy.testing.subkind_kit import CHECKS, SubkindBed, check_subkind, open_context
-from understudy_qemu.filterbuffer import FILTER_BUFFER, HeldNic
+from understudy_qemu import filterbuffer, heldnic
+from understudy_qemu.filterbuffer import FILTER_BUFFER
+from understudy_qemu.heldnic import QUEUE_PACKETS, FilterBufferOptions, HeldNic
+from understudy_qemu.nfnetlink import Count
 
 PRIMARY = ReplicationMode.PRIMARY
-DEVICE = DeviceInfo(Kind.NIC, "nic0", 0, "qemu", subkind="filter-buffer", properties={"netdev": "nic0"})
+NUMBERS = itertools.count()
+
+
+class Block:
+    """A model of the kernel's block at one tap."""
+
+    there: ClassVar[dict[str, Block]] = {}
+
+    def __init__(self, interface: str) -> None:
+        self.interface = interface
+        self.passing = False
+        self.passed = self.refused = 0
+        self.windows = 0
+        self.flushed_ruleset = False
+
+    async def install(self, *, passing: bool = True) -> None:
+        await asyncio.sleep(0)
+        self.there[self.interface] = self
+        self.passing = passing
+        await asyncio.sleep(0)
+
+    async def close(self) -> tuple[Count, Count]:
+        await asyncio.sleep(0)
+        self.passing = False
+        await asyncio.sleep(0)
+        return Count(self.passed, 0), Count(self.refused, 0)
+
+    async def open_for(self, window_ms: int) -> bool:
+        assert 0 < window_ms <= 1000
+        await asyncio.sleep(0)
+        lost, self.flushed_ruleset = self.flushed_ruleset, False
+        if lost:
+            self.passed = self.refused = 0
+        self.passing = True
+        self.windows += 1
+        await asyncio.sleep(0)
+        return not lost
+
+    async def remove(self) -> bool:
+        await asyncio.sleep(0)
+        return self.there.pop(self.interface, None) is not None
+
+    async def remove_below_nothing(self) -> bool:
+        return await self.remove()
+
+
+async def nothing_missing() -> str:
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filterbuffer, "EgressBlock", Block)
+    monkeypatch.setattr(filterbuffer, "missing_for_block", nothing_missing)
+    monkeypatch.setattr(Block, "there", {})
 
 
 class Filter:
@@ -44,6 +110,7 @@ class Qemu:
 
     def __init__(self) -> None:
         self.filters: dict[str, Filter] = {}  # in the order of their making
+        self.tap = f"tap{next(NUMBERS)}"
         self.sent: list[int] = []
         self.commands: list[str] = []
 
@@ -56,7 +123,12 @@ class Qemu:
             if self.filters[name].on:
                 self.filters[name].held.append(number)
                 return
-        self.sent.append(number)
+        block = Block.there.get(self.tap)
+        if block is None or block.passing:
+            self.sent.append(number)
+        if block is not None:
+            block.passed += block.passing
+            block.refused += not block.passing
 
     def flush(self, name: str) -> None:
         held, self.filters[name].held = self.filters[name].held, []
@@ -114,16 +186,21 @@ class Bed(SubkindBed):
         self.qemu = Qemu()
 
     def context(self, side: ReplicationMode, peer: Peer) -> OpenContext:
+        properties = {"netdev": "nic0", "tap": self.qemu.tap}
+        device = DeviceInfo(Kind.NIC, "nic0", 0, "qemu", properties=properties)
         services = Services((MONITOR, self.qemu)) if side is PRIMARY else Services((MONITOR, Qemu()))
-        return open_context(DEVICE, side, peer, services=services)
+        return open_context(device, side, peer, services=services)
 
     async def before(self, step: str, side: ReplicationMode, epoch: int) -> None:
         if step == "teardown" and side is PRIMARY:
             self.qemu.commands.clear()
 
     async def traces(self, side: ReplicationMode) -> Collection[str]:
+        if side is not PRIMARY:
+            return ()
+        blocks = [f"block of {tap}" for tap in Block.there if tap == self.qemu.tap]
         # Nothing was commanded: the verdict was DISCARD, and the guest is dead, its objects with it.
-        return list(self.qemu.filters) if side is PRIMARY and self.qemu.commands else ()
+        return [*blocks, *(self.qemu.filters if self.qemu.commands else ())]
 
     async def send(self, number: int) -> None:
         self.qemu.send(number)
@@ -139,15 +216,44 @@ async def make() -> AsyncIterator[Bed]:
 
 async def test_it_keeps_the_contract() -> None:
     ran = await check_subkind(make)
-    assert set(CHECKS) - set(ran) == {"error-told"}, "QEMU tells of no error of a filter"
+    assert set(CHECKS) - set(ran) == {"error-told"}, "a full queue is told after a commit only, see below"
 
 
-async def test_nobody_gets_it_without_asking_for_it_by_name() -> None:
-    bed = Bed()
-    here = bed.context(PRIMARY, cast("Peer", None))
-    answer = await FILTER_BUFFER.open(replace(here, device=replace(DEVICE, subkind="auto")))
+async def test_a_kernel_that_has_no_block_leaves_it_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def missing() -> str:
+        return "nft is away"
+
+    monkeypatch.setattr(filterbuffer, "missing_for_block", missing)
+    context = Bed().context(PRIMARY, cast("Peer", None))
+    answer = await FILTER_BUFFER.open(context)
     assert isinstance(answer, Decline)
-    assert "by name" in answer.reason
+    assert "nft is away" in answer.reason
+    [finding] = await probed(replace(context, device=replace(context.device, subkind="filter-buffer")))
+    assert finding.severity is Severity.ERROR
+    assert "nft is away" in finding.problem
+
+
+async def test_the_check_names_its_weaker_class() -> None:
+    [finding] = await probed(Bed().context(PRIMARY, cast("Peer", None)))
+    assert finding.severity is Severity.WARNING
+    assert "weaker gate" in finding.problem
+    assert "netbuffer" in finding.remedy
+
+
+async def probed(context: OpenContext) -> Sequence[Finding]:
+    answer = await FILTER_BUFFER.probe(
+        ProbeContext(
+            guest=context.guest,
+            device=context.device,
+            side=context.side,
+            mode=context.mode,
+            options=context.options,
+            services=context.services,
+            directory=context.directory,
+        )
+    )
+    assert not isinstance(answer, Decline)
+    return answer
 
 
 def test_it_needs_a_guest_that_waits_at_the_end_of_an_epoch() -> None:
@@ -158,7 +264,9 @@ def test_it_needs_a_guest_that_waits_at_the_end_of_an_epoch() -> None:
 @pytest.fixture
 async def held() -> tuple[Qemu, HeldNic]:
     qemu = Qemu()
-    nic = HeldNic("nic0", "nic0", qemu)
+    block = Block(qemu.tap)
+    await block.install()
+    nic = HeldNic("nic0", "nic0", qemu, block)
     await nic.start(PRIMARY)
     return qemu, nic
 
@@ -207,3 +315,99 @@ async def test_what_cannot_be_let_out_is_told(
     with pytest.raises(HypervisorError, match="still held"):
         await nic.teardown(Verdict.KEEP)
     assert qemu.sent == []
+
+
+# --- The block -------------------------------------------------------------------------------------------------------
+
+
+async def test_what_qemu_lets_out_by_itself_does_not_leave(
+    held: tuple[Qemu, HeldNic], caplog: pytest.LogCaptureFixture
+) -> None:
+    qemu, nic = held
+    qemu.send(1)
+    await nic.postsuspend(1)
+    qemu.send(2)
+    for name in ("nic0-epoch", "nic0-ended"):
+        qemu.flush(name)
+    assert qemu.sent == []
+    await nic.commit(1)
+    assert nic.counters()["refused_packets"] == 2
+    assert "let out 2 packets" in caplog.text
+    assert not Block.there[qemu.tap].passing
+
+
+async def test_an_agent_that_slept_lets_out_nothing_of_what_qemus_timer_has_mixed(
+    held: tuple[Qemu, HeldNic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu, nic = held
+    now_s = 1000.0
+    monkeypatch.setattr(heldnic, "time", SimpleNamespace(monotonic=lambda: now_s))
+    qemu.send(1)
+    await nic.postsuspend(1)
+    qemu.send(2)
+    now_s += 5000
+    qemu.flush("nic0-epoch")
+    with pytest.raises(HypervisorError, match="nothing is let out"):
+        await nic.commit(1)
+    assert qemu.sent == []
+    assert not Block.there[qemu.tap].passing
+    # The next checkpoint holds both.
+    await nic.postsuspend(2)
+    await nic.commit(2)
+    assert qemu.sent == [1, 2]
+
+
+async def test_a_block_that_somebody_removed_is_counted(held: tuple[Qemu, HeldNic]) -> None:
+    qemu, nic = held
+    qemu.send(1)
+    await nic.postsuspend(1)
+    Block.there[qemu.tap].flushed_ruleset = True
+    await nic.commit(1)
+    assert qemu.sent == [1]
+    assert nic.counters()["lost_block_count"] == 1
+    assert nic.counters()["released_packets"] == 1
+
+
+@pytest.mark.parametrize("when_full", ["unprotect", "tell"])
+async def test_a_full_queue_is_told(when_full: Any, caplog: pytest.LogCaptureFixture) -> None:
+    qemu = Qemu()
+    block = Block(qemu.tap)
+    await block.install()
+    nic = HeldNic("nic0", "nic0", qemu, block, FilterBufferOptions(when_full=when_full))
+    await nic.start(PRIMARY)
+    for epoch, packets in ((1, QUEUE_PACKETS - 1), (2, QUEUE_PACKETS)):
+        await nic.error()
+        for number in range(packets):
+            qemu.send(number)
+        await nic.postsuspend(epoch)
+        await nic.commit(epoch)
+    assert nic.counters()["full_epoch_count"] == 1
+    if when_full == "tell":
+        await nic.error()
+        assert "was full in epoch 2" in caplog.text
+    else:
+        with pytest.raises(HypervisorError, match="was full in epoch 2"):
+            await nic.error()
+
+
+async def test_a_guest_that_sends_much_gets_its_checkpoint_early() -> None:
+    hurried = asyncio.Event()
+    qemu = Qemu()
+    block = Block(qemu.tap)
+    await block.install()
+    pace = SimpleNamespace(hurry=hurried.set)
+    nic = HeldNic("nic0", "nic0", qemu, block, FilterBufferOptions(early_share=0.001), pace)
+    await nic.start(PRIMARY)
+    for number in range(100):
+        qemu.send(number)
+    await nic.postsuspend(1)
+    await nic.commit(1)
+    async with asyncio.timeout(20):
+        await hurried.wait()
+    assert nic.counters()["early_checkpoint_count"] == 1
+    for number in range(100):
+        qemu.send(number)
+    await nic.postsuspend(2)
+    hurried.clear()
+    await nic.stop(failover=True)
+    assert not hurried.is_set()

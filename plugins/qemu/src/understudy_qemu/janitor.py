@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from understudy.arbiter import Record, RecordState
 from understudy.errors import HypervisorError
 from understudy_qemu import network
+from understudy_qemu.egressblock import EgressBlock
 from understudy_qemu.identity import claim, known, overlays
 from understudy_qemu.inventory import Inventory
 from understudy_qemu.machine import GuestPaths
@@ -102,6 +103,8 @@ async def _restore(hypervisor: QemuHypervisor, config: QemuConfig, record: Recor
         claim(images, config, record.generation, known(images, config)[0])
         qemu.become_guest()
         done.append(f"{qemu.name} was promoted but not let out: its takeover was finished")
+    # Before QEMU lets go of what it holds, and before the guest is announced.
+    done += await _remove_blocks(config)
     done += await restore(qemu)
     for nic in config.nics:
         if await network.remove_filters(nic.tap):
@@ -113,6 +116,14 @@ async def _restore(hypervisor: QemuHypervisor, config: QemuConfig, record: Recor
     if overlays(directory) and not await uncommitted(qemu):
         done += _unlink_overlays(directory)
     return done
+
+
+async def _remove_blocks(config: QemuConfig) -> list[str]:
+    return [
+        f"the tap {nic.tap} of {nic.name} was still blocked: the block was removed"
+        for nic in config.nics
+        if await EgressBlock(nic.tap).remove()
+    ]
 
 
 async def uncommitted(qemu: Qemu) -> bool:
@@ -137,6 +148,7 @@ async def _remove_remains(config: QemuConfig, paths: GuestPaths) -> list[str]:
         await network.close_way_out(nic.tap)
         if await network.remove_tap(nic.tap):
             done.append(f"the tap {nic.tap} of {nic.name} was left: removed")
+    done += await _remove_blocks(config)
     left = _unlink(paths)
     if left:
         done.append(f"files of a dead QEMU were left: removed {', '.join(left)}")

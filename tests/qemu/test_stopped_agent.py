@@ -1,0 +1,165 @@
+"""A primary whose agent stands still, behind filter-buffer and the kernel's block: it is silent, also when QEMU is not.
+
+QEMU's filter-buffer lets go of what it holds by its own timer. That takes more than an hour; here it takes five
+seconds, so that it happens while the agent is stopped and the other host has long taken over. The observer sits behind
+the bridge, where the world is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.qemu.test_hosts import Bed, make_bed, until
+from understudy_qemu.demo.lab import Lab, stop
+
+pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(120)]
+
+TIMER_S = 5
+LATE_S = 3.0
+WINDOW_S = 1.0
+SLACK_S = 0.5  #: between the signal and the agent's last instruction, and for packets on their way
+
+# Read by every Python program when it starts, so by the agents; the directory is the host's own.
+HURRIED = f"""
+from understudy_qemu import heldnic
+heldnic._INTERVAL_US = {TIMER_S * 10**6}
+heldnic._LATE_S = {LATE_S}
+"""
+
+# Prints when a frame of the guest leaves by an interface, in nanoseconds of CLOCK_MONOTONIC.
+OBSERVER = """
+import socket, sys, time
+mac = bytes.fromhex(sys.argv[2].replace(":", ""))
+sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+sock.bind((sys.argv[1], 3))
+print("up", flush=True)
+while True:
+    frame, address = sock.recvfrom(64)
+    if frame[6:12] == mac and address[2] == socket.PACKET_OUTGOING:
+        print(time.monotonic_ns(), flush=True)
+"""
+
+
+class Observer:
+    """What has left a host by its way to the world, told by a program inside."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.seen_ns: list[int] = []
+        self._task = asyncio.ensure_future(self._read())
+
+    @classmethod
+    async def begin(cls, lab: Lab, host: str) -> Observer:
+        argv = [sys.executable, "-c", OBSERVER, "up0", "52:54:00:77:00:02"]
+        process = await lab.hosts[host].exec(argv, stdout=PIPE)
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"up\n"
+        return cls(process)
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            self.seen_ns.append(int(line))
+
+    def after(self, since_ns: int) -> list[float]:
+        """Return when something left since then, seconds after it."""
+        return [(each - since_ns) / 1e9 for each in self.seen_ns if each > since_ns]
+
+    async def end(self) -> None:
+        await stop(self._process)
+        await self._task
+
+
+@asynccontextmanager
+async def observed(root: Path) -> AsyncIterator[tuple[Bed, Observer]]:
+    for host in ("alpha", "beta"):
+        (root / host / "hurried").mkdir(parents=True)
+        (root / host / "hurried" / "sitecustomize.py").write_text(HURRIED, encoding="utf-8")
+    async with make_bed(root, mode="remus", draw=16) as bed:
+        await bed.protect()
+        await bed.goes_on()
+        observer = await Observer.begin(bed.pair.lab, "alpha")
+        try:
+            await bed.goes_on()
+            assert observer.seen_ns
+            yield bed, observer
+        finally:
+            await observer.end()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/srv/host/hurried")
+
+
+async def listed(bed: Bed) -> list[dict[str, Any]]:
+    """Return what nf_tables has on alpha."""
+    done = await bed.pair.lab.hosts["alpha"].run(["nft", "--json", "list", "ruleset"])
+    return [entry for entry in json.loads(done.stdout)["nftables"] if "metainfo" not in entry]
+
+
+async def refuses(bed: Bed) -> bool:
+    """Tell whether alpha's block has refused anything: QEMU's timer has let go of what the guest sent."""
+    counters = [entry["counter"] for entry in await listed(bed) if "counter" in entry]
+    return any(counter["packets"] for counter in counters if counter["name"] == "refused")
+
+
+async def unblocked(bed: Bed) -> bool:
+    """Tell whether nf_tables has nothing on alpha any more."""
+    return not await listed(bed)
+
+
+def stop_agent(bed: Bed) -> tuple[int, int]:
+    """Stop alpha's agent; return its process id and when, nanoseconds of CLOCK_MONOTONIC."""
+    agent = bed.agent("alpha")
+    os.kill(agent, signal.SIGSTOP)
+    return agent, time.monotonic_ns()
+
+
+async def becomes_true(condition: Callable[[], Awaitable[bool]]) -> None:
+    # What is awaited happens in other processes, which tell nobody.
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_nothing_leaves_while_the_agent_is_stopped_nor_when_it_wakes(tmp_path: Path) -> None:
+    async with observed(tmp_path) as (bed, observer):
+        agent, stopped_ns = stop_agent(bed)
+        try:
+            await bed.becomes("beta", state="alone")
+            await bed.goes_on(stopped_ns)
+            # The old guest still runs, and its QEMU has let go of what it sent since.
+            await becomes_true(lambda: refuses(bed))
+            assert not bed.gone("alpha")
+        finally:
+            os.kill(agent, signal.SIGCONT)
+        await until(lambda: bed.gone("alpha"))
+        await bed.goes_on()
+        assert [each for each in observer.after(stopped_ns) if each > WINDOW_S + SLACK_S] == []
+        await bed.sound_on("beta")
+        await becomes_true(lambda: unblocked(bed))
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_without_the_block_the_old_guest_is_heard(tmp_path: Path) -> None:
+    async with observed(tmp_path) as (bed, observer):
+        agent, stopped_ns = stop_agent(bed)
+        try:
+            await bed.pair.lab.hosts["alpha"].run(["nft", "flush", "ruleset"])
+            await until(lambda: any(each > WINDOW_S + SLACK_S for each in observer.after(stopped_ns)))
+        finally:
+            os.kill(agent, signal.SIGCONT)
