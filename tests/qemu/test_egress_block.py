@@ -21,10 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.conftest import ip
+from tests.qemu.conftest import Bed, ip
 from tests.testbeds.bed import missing_for_namespaces, need
+from understudy.arbiter import RecordState
 from understudy.errors import HypervisorError
 from understudy_qemu.egressblock import EgressBlock, missing_for_block
+from understudy_qemu.guestfile import QemuConfig
 from understudy_qemu.nfnetlink import Count, Nfnetlink, counter_request
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60)]
@@ -270,3 +272,46 @@ async def test_the_look_whether_it_would_work_leaves_nothing(wire: Wire) -> None
     before = nft("list", "tables")
     assert await missing_for_block() == ""
     assert nft("list", "tables") == before
+
+
+# --- The janitor -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def blocked(bed: Bed) -> AsyncIterator[tuple[QemuConfig, EgressBlock]]:
+    """A guest that runs behind a closed block, and whose agent is dead."""
+    missing = await missing_for_block()
+    need("qemu", [missing] if missing else [])
+    first = bed.agent()
+    config = bed.guest()
+    await first.start(config, bed.alone())
+    block = EgressBlock(config.nics[0].tap)
+    await block.install(passing=False)
+    await bed.crash(first)
+    try:
+        yield config, block
+    finally:
+        await block.remove()
+
+
+async def test_the_janitor_opens_only_to_a_guest_that_is_alone_here(
+    bed: Bed, blocked: tuple[QemuConfig, EgressBlock]
+) -> None:
+    config, block = blocked
+    undecided = bed.alone(state=RecordState.PROTECTED, standby="beta", session="s")
+    assert await bed.agent().sweep(config, undecided) == []
+    assert block.table in nft("list", "tables")
+    done = await bed.agent().sweep(config, bed.alone())
+    assert any("still blocked" in sentence for sentence in done)
+    assert not await block.remove()
+
+
+async def test_the_janitor_opens_only_after_the_guest_that_lives_elsewhere_is_dead(
+    bed: Bed, blocked: tuple[QemuConfig, EgressBlock]
+) -> None:
+    config, block = blocked
+    done = await bed.agent().sweep(config, bed.alone("beta"))
+    assert "discarded" in done[0]
+    assert "still blocked" in done[-1]
+    assert bed.traces() == set()
+    assert not await block.remove()
