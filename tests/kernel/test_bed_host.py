@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.testbeds.bed import need
 from tests.testbeds.kernel.host import CommandFailed, Kernel
-from tests.testbeds.kernel.machine import KernelDied, missing_for_kernel
+from tests.testbeds.kernel.machine import KernelDied, missing_for_kernel, running
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +57,10 @@ async def test_a_crash(kernel: Kernel) -> None:
     waiting = asyncio.create_task(kernel.run("sleep", "3600"))
     await kernel.run("true")
     group = kernel.machine.pid
-    assert _running(group)
+    assert running(group)
     kernel.crash()
     with pytest.raises(KernelDied):
         await waiting
     with pytest.raises(KernelDied, match="is dead"):
         await kernel.run("true")
-    assert _running(group) == []
-
-
-def _running(group: int) -> list[str]:
-    """Return the processes of a group that are not dead yet."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                found.append(stat.parent.name)
-    return found
+    assert running(group) == []

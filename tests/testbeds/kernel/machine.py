@@ -10,13 +10,14 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel"]
+__all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel", "running"]
 
 PROGRAM: Final = "linux.uml"
 MODULES: Final = Path("/usr/lib/uml/modules")
@@ -78,6 +79,17 @@ def memory_directory(memory_mib: int) -> str:
     return tempfile.gettempdir()
 
 
+def running(group: int) -> list[int]:
+    """Return the processes of a group that are not dead; what only waits for its parent is dead."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
 class Machine:
     """A booted kernel that runs one command as root and powers off.
 
@@ -116,6 +128,7 @@ class Machine:
     ) -> None:
         self.run = Path(tempfile.mkdtemp(prefix="understudy-bed-"))
         self._console = self.run / "console"
+        self._buried = False
         self.line, serial = socket.socketpair()
         self._life, lifeline = socket.socketpair()
         try:
@@ -230,23 +243,32 @@ class Machine:
     def kill(self) -> None:
         """Kill the process group: to the guest and its peers, the crash of a host.
 
+        Raises:
+            RuntimeError: a process of it is stuck in the host's kernel.
+
         Guarantees:
             When this returns no process of the group runs any more.
         """
+        if self._buried:  # the number may be somebody else's by now
+            return
         # Also when the kernel is gone by itself: a crashed one may have left members of its group.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        # The others are no children of ours. They hold the line as well: it ends with the last of them.
-        with suppress(OSError):
-            self._life.settimeout(KILL_S)
-            while self._life.recv(4096):
-                pass
+        # The others are no children of ours, nobody tells us when they are dead.
+        deadline = time.monotonic() + KILL_S
+        while left := running(self.pid):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"processes {left} of a kernel's group survive SIGKILL")
+            time.sleep(0.002)
+        self._buried = True
 
     def close(self, *, keep: bool = False) -> None:
         """Kill the kernel if it runs, and remove its run directory unless it shall be kept for a look at it."""
-        self.kill()
-        self._forget(keep=keep)
+        try:
+            self.kill()
+        finally:
+            self._forget(keep=keep)
 
     def _forget(self, *, keep: bool = False) -> None:
         self.line.close()
