@@ -13,6 +13,7 @@ captured at ``client`` is *outside*. A mark that passes no gate tells when every
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import struct
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from understudy.device import DeviceInfo, Kind, OpenContext, ReplicationMode
@@ -35,7 +37,9 @@ _PACKET = struct.Struct("!6s6sH4sHIQ")
 _MAGIC = b"USTB"
 _ETH_P_ALL = 3
 _MARK = 0xFFFF
+_SO_SNDBUFFORCE = 32
 _SO_TIMESTAMPNS = 35
+_sessions = itertools.count(1)
 
 
 def run(*command: str, given: str = "") -> str:
@@ -69,6 +73,10 @@ class Lan:
         self._marks = 0
 
     def __enter__(self) -> Self:
+        # The host's own neighbour discovery would be packets that nobody counted.
+        own = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+        if own.exists():
+            own.write_text("1", encoding="ascii")
         lines = ["link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set br0 up"]
         pairs = [(f"g{n}", f"vif{n}") for n in range(self.guests)] + [("m0", "mark"), ("client", "ext")]
         for mine, port in pairs:
@@ -156,6 +164,8 @@ def packet_socket(interface: str) -> socket.socket:
     """Return a non-blocking socket that sends and captures whole frames on an interface."""
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
     made.bind((interface, _ETH_P_ALL))
+    # What a gate holds stays charged to its sender; a guest's interface knows no such account.
+    made.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 1 << 26)
     made.setblocking(False)
     return made
 
@@ -194,18 +204,26 @@ async def opened(
     start: bool = True,
 ) -> BufferedNic:
     """Return a gate of a guest, closed unless told otherwise."""
-    nic = await BufferedNic.open(context(guest, options=options, services=services))
+    session = f"session-{next(_sessions)}"
+    nic = await BufferedNic.open(context(guest, options=options, services=services, session=session))
     if start:
         await nic.start(ReplicationMode.PRIMARY)
     return nic
 
 
 async def spoken(
-    lan: Lan, nic: BufferedNic, epoch: int, numbers: Sequence[int], *, guest: int = 0, protocol: int = IPV4
+    lan: Lan,
+    nic: BufferedNic,
+    epoch: int,
+    numbers: Sequence[int],
+    *,
+    guest: int = 0,
+    protocol: int = IPV4,
+    size: int = 60,
 ) -> None:
     """Let a guest send, and wait until its gate has taken it in: a guest that is stopped has nothing on the way."""
     before = await entered(nic)
-    lan.send(epoch, numbers, guest=guest, protocol=protocol)
+    lan.send(epoch, numbers, guest=guest, protocol=protocol, size=size)
     end = time.monotonic() + DEADLINE_S
     while await entered(nic) < before + len(numbers):
         assert time.monotonic() < end, "what the guest sent did not come to its gate"

@@ -41,12 +41,13 @@ from understudy_netbuffer.rtnetlink import (
     RTM_NEWTFILTER,
     Action,
     Event,
+    KernelRefused,
     Stats,
     change_message,
     fresh_message,
     read_message,
 )
-from understudy_netbuffer.wire import Wire
+from understudy_netbuffer.wire import Wire, wire_of
 
 __all__ = ["Gate", "in_thread"]
 
@@ -91,28 +92,26 @@ class Gate:
         self._stand(installed)
 
     @classmethod
-    async def open(cls, claim: Claim, limit_bytes: int, wire: Wire) -> Gate:
+    async def open(cls, claim: Claim, limit_bytes: int) -> Gate:
         """Make a gate that lets everything pass; the guest runs behind it.
 
         Raises:
             HypervisorError: It cannot be made; nothing of it is left.
         """
+        gate = None
         try:
-            gate = cls(await in_thread(installation.install, claim, limit_bytes), limit_bytes, wire)
+            installed = await in_thread(installation.install, claim, limit_bytes)
+            gate = cls(installed, limit_bytes, wire_of(claim.guest, claim.session))
+            gate._wire.join(gate)
+            # What others changed before this moment is seen by looking, what they change from here on is heard.
+            if problem := await in_thread(installation.right, installed):
+                raise HypervisorError(f"the gate of {claim.interface} is not what was made: {problem}")
         except BaseException:
+            if gate is not None:
+                gate._wire.leave(gate)
             # The thread cannot be called back, but it has ended: what it made is taken away.
             with suppress(HypervisorError):
                 await _ended(in_thread(installation.remove, claim, Verdict.KEEP))
-            raise
-        try:
-            # Our own changes are in the queue, too. What others changed before this moment is seen by looking, what
-            # they change from here on is heard.
-            wire.drain()
-            wire.join(gate)
-            if problem := await in_thread(installation.right, gate.installed):
-                raise HypervisorError(f"the gate of {claim.interface} is not what was made: {problem}")
-        except BaseException:
-            await _ended(gate.remove(Verdict.KEEP))
             raise
         return gate
 
@@ -120,6 +119,11 @@ class Gate:
     def interfaces(self) -> Collection[int]:
         """Index numbers of the guest's interface and of the IFB."""
         return (self.installed.index, self.installed.ifb_index)
+
+    @property
+    def stands(self) -> bool:
+        """Whether it holds what it has to, as far as is known: not lost, not being made anew, not given up."""
+        return not self._lost and self.failure is None
 
     # --- The cycle ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +161,9 @@ class Gate:
         if self._mending is not None:
             await self._whole()
         if not self._barrier:
-            await self._wire.ask(self._buffer, partial(self._parted, epoch))
+            await self._tell(self._buffer, partial(self._parted, epoch))
+        if self._mending is not None:
+            await self._whole()
 
     async def release(self, epoch: int) -> None:
         """Let out what was sent up to the barrier of `epoch`, or of an epoch before it: it is acknowledged.
@@ -175,13 +181,21 @@ class Gate:
         stats = self._parted_stats()
         if stats.sent_bytes != self._may_leave_bytes and not await self._empty():
             return
-        await self._wire.ask(self._one, partial(self._released, stats))
+        await self._tell(self._one, partial(self._released, stats))
 
     async def look(self) -> Stats:
         """Ask for the counters."""
         seen: list[Stats] = []
         await self._wire.ask(self._read, lambda answer: seen.append(self._seen(answer)))
         return seen[0]
+
+    async def _tell(self, message: bytearray, took: Callable[[bytes], None]) -> None:
+        # What was put there is not there any more, or is something else: that is a loss as any other.
+        try:
+            await self._wire.ask(message, took)
+        except KernelRefused as refused:
+            self._wire.drain()
+            self._lose(f"the kernel refuses: {refused.strerror}")
 
     def check(self) -> None:
         """Raise why this is no gate any more, if it is none."""

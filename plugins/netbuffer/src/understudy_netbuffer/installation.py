@@ -17,12 +17,13 @@ drivers/net/ifb.c, net/sched/{sch_plug,sch_ingress,act_mirred}.c.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,13 +109,14 @@ def install(claim: Claim, limit_bytes: int) -> Installed:
         index = _index(ip, claim.interface)
         if index is None:
             raise HypervisorError(f"there is no interface {claim.interface}")
-        if any(qdisc["parent"] == INGRESS for qdisc in ip.get_qdiscs(index=index)):
+        ifb = gate_name(claim.interface)
+        _refuse_taken(ip, ifb, claim)
+        if _ingress_kinds(ip.get_qdiscs(), index):
             raise HypervisorError(
                 f"{claim.interface} has an ingress or clsact qdisc already; "
                 "what it does with the guest's output could go past the gate: remove it"
             )
-        ifb = gate_name(claim.interface)
-        _make_ifb(ip, ifb, claim)
+        _make_ifb(ip, ifb)
         try:
             found = _index(ip, ifb)
             if found is None:
@@ -178,21 +180,24 @@ def repair(gate: Installed, limit_bytes: int, *, closed: bool) -> Installed:
             raise HypervisorError(f"the interface {claim.interface} is gone")
         ifb_index = _index(ip, gate.ifb)
         if ifb_index is None:
-            _make_ifb(ip, gate.ifb, claim)
+            _make_ifb(ip, gate.ifb)
             ifb_index = _index(ip, gate.ifb)
             assert ifb_index is not None  # noqa: S101 - it was made in this moment
             ip.link("set", index=ifb_index, ifalias=claim.alias())
+        if _kind(ip.get_links(ifb_index)[0]) != "ifb":
+            raise HypervisorError(f"{gate.ifb} is no IFB any more")
         # A qdisc of a new handle takes the place of whatever is there in one step: no packet finds an open way.
+        qdiscs = list(ip.get_qdiscs())
         handle = _next(gate.handle)
-        if handle == _plug_handle(ip, ifb_index):
+        if handle == _plug_handle(qdiscs, ifb_index):
             handle = _next(handle)
         ip.tc("replace", "plug", ifb_index, handle=handle, parent=ROOT, **_limit(limit_bytes))
         fresh = Installed(claim, gate.ifb, ifb_index, index, handle)
         if not closed:
             _tell(ip, fresh, "TCQ_PLUG_RELEASE_INDEFINITE")
         ip.link("set", index=ifb_index, state="up")
-        if _redirection_wrong(ip, fresh):
-            if any(qdisc["parent"] == INGRESS for qdisc in ip.get_qdiscs(index=index)):
+        if _redirection_wrong(ip, fresh, qdiscs):
+            if _ingress_kinds(qdiscs, index):
                 ip.tc("del", "ingress", index, INGRESS_HANDLE)
             _redirect(ip, fresh)
         if problem := _wrong(ip, fresh):
@@ -219,7 +224,11 @@ def remove(claim: Claim, verdict: Verdict) -> list[str]:
             return []  # of another session
         if verdict is Verdict.DISCARD and index is not None and ifb_index is not None:
             ip.link("set", index=index, state="down")
-        if verdict is Verdict.KEEP and ifb_index is not None and (handle := _plug_handle(ip, ifb_index)):
+        if (
+            verdict is Verdict.KEEP
+            and ifb_index is not None
+            and (handle := _plug_handle(ip.get_qdiscs(), ifb_index))
+        ):
             gate = Installed(claim, ifb, ifb_index, index or 0, handle)
             ip.link("set", index=ifb_index, state="up")
             _tell(ip, gate, "TCQ_PLUG_RELEASE_INDEFINITE")
@@ -256,22 +265,28 @@ def _index(ip: IPRoute, name: str) -> int | None:
     return int(found[0]) if found else None
 
 
+def _kind(link: Any) -> str | None:
+    info = link.get_attr("IFLA_LINKINFO")
+    return info.get_attr("IFLA_INFO_KIND") if info is not None else None
+
+
 def _claim_of(ip: IPRoute, index: int) -> Claim | None:
     return Claim.of(ip.get_links(index)[0].get_attr("IFLA_IFALIAS"))
 
 
-def _make_ifb(ip: IPRoute, ifb: str, claim: Claim) -> None:
+def _refuse_taken(ip: IPRoute, ifb: str, claim: Claim) -> None:
     if (other := _index(ip, ifb)) is not None:
         whose = _claim_of(ip, other)
         by = (
-            f"guest {whose.guest}, session {whose.session}"
-            if whose
-            else "somebody who has not said his name yet"
+            f"guest {whose.guest}, session {whose.session}" if whose else "somebody who has not said his name"
         )
         raise HypervisorError(
             f"{claim.interface} is gated already ({ifb}, by {by}); the agent removes a gate that was left "
             "when the record says alone"
         )
+
+
+def _make_ifb(ip: IPRoute, ifb: str) -> None:
     # The kernel makes a name once: of several who try at the same moment, one succeeds.
     ip.link("add", ifname=ifb, kind="ifb", txqlen=_QUEUE_PACKETS)
     with suppress(OSError):  # a kernel without IPv6; one with it would send from the IFB on the host's behalf
@@ -302,8 +317,7 @@ def _try_out(ip: IPRoute, gate: Installed) -> None:
     if not stats or not stats["qlen"] or stats["drops"]:
         raise HypervisorError(f"{gate.ifb} does not hold what is sent into it: {stats}")
     _tell(ip, gate, "TCQ_PLUG_RELEASE_INDEFINITE")
-    _until(lambda: not _held(ip, gate.ifb_index))
-    if _held(ip, gate.ifb_index):
+    if not _until(lambda: not _held(ip, gate.ifb_index)):
         raise HypervisorError(f"{gate.ifb} does not let out what is released")
 
 
@@ -321,25 +335,22 @@ def _tell(ip: IPRoute, gate: Installed, action: str) -> None:
 
 
 def _wrong(ip: IPRoute, gate: Installed) -> str:
-    links = {link["index"]: link for link in ip.get_links()}
-    ifb = links.get(gate.ifb_index)
-    if ifb is None or ifb.get_attr("IFLA_IFNAME") != gate.ifb:
+    ifb, interface = _link(ip, gate.ifb_index), _link(ip, gate.index)
+    if ifb is None or (ifb.get_attr("IFLA_IFNAME"), _kind(ifb)) != (gate.ifb, "ifb"):
         return f"{gate.ifb} is gone"
     if not ifb["flags"] & 1:
         return f"{gate.ifb} is down"
-    if _plug_handle(ip, gate.ifb_index) != gate.handle:
-        return f"at the root of {gate.ifb} is not the plug that was put there"
-    if gate.index not in links:
+    if interface is None or interface.get_attr("IFLA_IFNAME") != gate.claim.interface:
         return f"{gate.claim.interface} is gone"
-    return _redirection_wrong(ip, gate)
+    qdiscs = ip.get_qdiscs()
+    if _plug_handle(qdiscs, gate.ifb_index) != gate.handle:
+        return f"at the root of {gate.ifb} is not the plug that was put there"
+    return _redirection_wrong(ip, gate, qdiscs)
 
 
-def _redirection_wrong(ip: IPRoute, gate: Installed) -> str:
+def _redirection_wrong(ip: IPRoute, gate: Installed, qdiscs: Iterable[Any]) -> str:
     name = gate.claim.interface
-    parents = [
-        qdisc.get_attr("TCA_KIND") for qdisc in ip.get_qdiscs(index=gate.index) if qdisc["parent"] == INGRESS
-    ]
-    if parents != ["ingress"]:
+    if _ingress_kinds(qdiscs, gate.index) != ["ingress"]:
         return f"{name} has no ingress qdisc of ours"
     targets = []
     for entry in ip.get_filters(index=gate.index, parent=INGRESS_HANDLE):
@@ -373,16 +384,32 @@ def _redirections(entry: Any) -> list[int]:
     return found
 
 
-def _plug_handle(ip: IPRoute, index: int) -> int:
-    for qdisc in ip.get_qdiscs(index=index):
-        if qdisc["parent"] == ROOT and qdisc.get_attr("TCA_KIND") == "plug":
+def _link(ip: IPRoute, index: int) -> Any:
+    from pyroute2 import NetlinkError  # noqa: PLC0415 - see above
+
+    try:
+        return ip.get_links(index)[0]
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return None
+        raise
+
+
+def _ingress_kinds(qdiscs: Iterable[Any], index: int) -> list[str]:
+    return [q.get_attr("TCA_KIND") for q in qdiscs if q["index"] == index and q["parent"] == INGRESS]
+
+
+def _plug_handle(qdiscs: Iterable[Any], index: int) -> int:
+    for qdisc in qdiscs:
+        if (qdisc["index"], qdisc["parent"], qdisc.get_attr("TCA_KIND")) == (index, ROOT, "plug"):
             return int(qdisc["handle"])
     return 0
 
 
 def _stats(ip: IPRoute, index: int) -> Mapping[str, int] | None:
-    for qdisc in ip.get_qdiscs(index=index):
-        if qdisc["parent"] == ROOT:
+    # The kernel tells of all qdiscs or none: a question for one of them would look like a change to who listens.
+    for qdisc in ip.get_qdiscs():
+        if (qdisc["index"], qdisc["parent"]) == (index, ROOT):
             queue: Mapping[str, int] = qdisc.get_attr("TCA_STATS2").get_attr("TCA_STATS_QUEUE")
             return queue
     return None
@@ -408,8 +435,7 @@ def _take_away(ip: IPRoute, ifb: str, index: int | None) -> list[str]:
 
 
 def _leads_to(ip: IPRoute, index: int, ifb_index: int | None) -> bool:
-    kinds = [each.get_attr("TCA_KIND") for each in ip.get_qdiscs(index=index) if each["parent"] == INGRESS]
-    if kinds != ["ingress"]:
+    if _ingress_kinds(ip.get_qdiscs(), index) != ["ingress"]:
         return False
     filters = ip.get_filters(index=index, parent=INGRESS_HANDLE)
     targets = [target for entry in filters for target in _redirections(entry)]
@@ -426,7 +452,10 @@ def _passed_on(ip: IPRoute, ifb_index: int) -> bool:
     )
 
 
-def _until(condition: Callable[[], bool], limit_s: float = _DRAIN_S) -> None:
+def _until(condition: Callable[[], bool], limit_s: float = _DRAIN_S) -> bool:
     until = time.monotonic() + limit_s
-    while not condition() and time.monotonic() < until:
+    while not condition():
+        if time.monotonic() > until:
+            return False
         time.sleep(_POLL_S)
+    return True

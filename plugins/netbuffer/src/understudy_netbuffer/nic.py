@@ -19,7 +19,6 @@ from understudy_netbuffer.gate import Gate
 from understudy_netbuffer.installation import Claim
 from understudy_netbuffer.options import NetbufferOptions
 from understudy_netbuffer.rtnetlink import KernelRefused, Stats
-from understudy_netbuffer.wire import wire_of
 
 __all__ = ["INTERFACE_KEYS", "BufferedNic", "interface_of"]
 
@@ -85,7 +84,7 @@ class BufferedNic(ProtectedDevice):
         claim = Claim(
             context.guest, context.device.name, interface_of(context.device.properties), context.session
         )
-        gate = await Gate.open(claim, options.limit_bytes, wire_of(context.guest, context.session))
+        gate = await Gate.open(claim, options.limit_bytes)
         return cls(
             gate,
             options,

@@ -30,7 +30,6 @@ from understudy_netbuffer.rtnetlink import (
     RTM_NEWACTION,
     RTM_NEWQDISC,
     Event,
-    KernelRefused,
     event_of,
     messages,
     number,
@@ -131,7 +130,7 @@ class Wire:
             took: Called with the kernel's answer at the very moment when it is known, whatever becomes of the caller.
 
         Raises:
-            KernelRefused: The kernel refused; nothing was changed.
+            understudy_netbuffer.rtnetlink.KernelRefused: The kernel refused; nothing was changed.
             HypervisorError: It gave no answer; the change may have been made.
 
         Guarantees:
@@ -272,13 +271,15 @@ _wires: WeakValueDictionary[tuple[str, str], Wire] = WeakValueDictionary()
 def wire_of(guest: str, session: str) -> Wire:
     """Return the wire of a guest's session, made for the first gate that asks.
 
+    The caller joins it at once; it is closed when the last one has left.
+
     Raises:
-        KernelRefused: No netlink socket can be had.
+        HypervisorError: No netlink socket can be had.
     """
     found = _wires.get((guest, session))
     if found is None or found.closed:
         try:
             found = _wires[guest, session] = Wire()
         except OSError as error:
-            raise KernelRefused(error.errno, f"no netlink socket: {error.strerror}") from error
+            raise HypervisorError(f"no netlink socket can be had: {error.strerror}") from error
     return found
