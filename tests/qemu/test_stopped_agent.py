@@ -27,7 +27,8 @@ from understudy_qemu.demo.lab import Lab, stop
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(120)]
 
 TIMER_S = 5
-LATE_S = 3.0
+FRESH_S = 3
+PERIOD_MS = 200
 WINDOW_S = 1.0
 SLACK_S = 0.5  #: between the signal and the agent's last instruction, and for packets on their way
 
@@ -35,7 +36,7 @@ SLACK_S = 0.5  #: between the signal and the agent's last instruction, and for p
 HURRIED = f"""
 from understudy_qemu import heldnic
 heldnic._INTERVAL_US = {TIMER_S * 10**6}
-heldnic._LATE_S = {LATE_S}
+heldnic._FRESH_MS = {FRESH_S * 1000}
 """
 
 # Prints when a frame of the guest leaves by an interface, in nanoseconds of CLOCK_MONOTONIC.
@@ -87,7 +88,7 @@ async def observed(root: Path) -> AsyncIterator[tuple[Bed, Observer]]:
     for host in ("alpha", "beta"):
         (root / host / "hurried").mkdir(parents=True)
         (root / host / "hurried" / "sitecustomize.py").write_text(HURRIED, encoding="utf-8")
-    async with make_bed(root, mode="remus", draw=16) as bed:
+    async with make_bed(root, mode="remus", draw=16, period_ms=PERIOD_MS) as bed:
         await bed.protect()
         await bed.goes_on()
         observer = await Observer.begin(bed.pair.lab, "alpha")
@@ -121,9 +122,12 @@ async def unblocked(bed: Bed) -> bool:
     return not await listed(bed)
 
 
-def stop_agent(bed: Bed) -> tuple[int, int]:
-    """Stop alpha's agent; return its process id and when, nanoseconds of CLOCK_MONOTONIC."""
+async def stop_agent(bed: Bed) -> tuple[int, int]:
+    """Stop alpha's agent while its guest runs; return its process id and when, nanoseconds of CLOCK_MONOTONIC."""
     agent = bed.agent("alpha")
+    _, end = bed.pair.trace("alpha")
+    # Told of an epoch when the guest runs again, and has a whole period before it is stopped for the next.
+    await until(lambda: any("epoch" in line for line in bed.pair.trace("alpha", end)[0]))
     os.kill(agent, signal.SIGSTOP)
     return agent, time.monotonic_ns()
 
@@ -138,7 +142,7 @@ async def becomes_true(condition: Callable[[], Awaitable[bool]]) -> None:
 @pytest.mark.usefixtures("hurried")
 async def test_nothing_leaves_while_the_agent_is_stopped_nor_when_it_wakes(tmp_path: Path) -> None:
     async with observed(tmp_path) as (bed, observer):
-        agent, stopped_ns = stop_agent(bed)
+        agent, stopped_ns = await stop_agent(bed)
         try:
             await bed.becomes("beta", state="alone")
             await bed.goes_on(stopped_ns)
@@ -157,7 +161,7 @@ async def test_nothing_leaves_while_the_agent_is_stopped_nor_when_it_wakes(tmp_p
 @pytest.mark.usefixtures("hurried")
 async def test_without_the_block_the_old_guest_is_heard(tmp_path: Path) -> None:
     async with observed(tmp_path) as (bed, observer):
-        agent, stopped_ns = stop_agent(bed)
+        agent, stopped_ns = await stop_agent(bed)
         try:
             await bed.pair.lab.hosts["alpha"].run(["nft", "flush", "ruleset"])
             await until(lambda: any(each > WINDOW_S + SLACK_S for each in observer.after(stopped_ns)))

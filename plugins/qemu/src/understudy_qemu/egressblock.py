@@ -1,13 +1,16 @@
 """The block in the kernel: what comes out of a guest's tap passes only while the agent says so, and never for long.
 
 What a guest sends enters the host at its tap's *ingress* hook. There a chain of nf_tables drops everything but what
-comes from an interface that is an element of a set; the only element that is ever put into it is that tap, and it has
-a timeout. So the block closes by itself, in the kernel, whatever has become of the agent: stopped, killed, hung.
+comes from an interface that is an element of two sets; the only element that is ever put into them is that tap, and it
+has a timeout. So the block closes by itself, in the kernel, whatever has become of the agent: stopped, killed, hung.
 
 ::
 
-    QEMU → tap → ingress: in the set `open`? → bridge → world
+    QEMU → tap → ingress: in the sets `fresh` and `open`? → bridge → world
                             └ no: counted, dropped
+
+`fresh` is renewed at the end of every epoch, for a minute; `open` is opened by every commit, for a moment. Why it takes
+two is said in heldnic.py.
 
 The element is never refreshed, which older kernels cannot do: it is taken away and put in anew by one transaction. A
 lookup looks at the clock by itself; that the kernel removes expired elements only now and then does not matter.
@@ -56,7 +59,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _DEADLINE_S: Final = 5.0
-_SET: Final = "open"
+_OPEN: Final = "open"
+_FRESH: Final = "fresh"
 _PASSED: Final = "passed"
 _REFUSED: Final = "refused"
 _PRIORITY: Final = -300  # before anybody else's chains
@@ -82,7 +86,7 @@ class EgressBlock:
         self.lost_count = 0  #: how often somebody else had removed it
         self._wire: Nfnetlink | None = None
         self._lock = threading.Lock()
-        self._closing = batch(set_flushed(self.table, _SET))
+        self._closing = batch(set_flushed(self.table, _OPEN))
         self._requests = tuple(counter_request(self.table, name) for name in (_PASSED, _REFUSED))
 
     async def install(self, *, passing: bool = True) -> None:
@@ -119,11 +123,26 @@ class EgressBlock:
         """
         return await self._in_thread("close", self._close)
 
-    async def open_for(self, window_ms: int) -> bool:
-        """Let packets pass for `window_ms` milliseconds, or until `close`.
+    async def renew(self, for_ms: int) -> bool:
+        """Say that what will leave next is fresh; for `for_ms` milliseconds windows have an effect.
 
         Returns:
             Whether the block was there; if somebody else had removed it, it has been put back, and counts anew.
+
+        Raises:
+            HypervisorError: The kernel refuses.
+        """
+        there = await self._put(_FRESH, for_ms)
+        if not there:
+            await self._put(_FRESH, for_ms)
+        return there
+
+    async def open_for(self, window_ms: int) -> bool:
+        """Let packets pass for `window_ms` milliseconds, or until `close`, if the last `renew` is not over.
+
+        Returns:
+            Whether the block was there; if somebody else had removed it, it has been put back, closed and not fresh,
+            and counts anew.
 
         Raises:
             HypervisorError: The kernel refuses; nothing passes.
@@ -132,21 +151,7 @@ class EgressBlock:
             The kernel closes it again by itself, at the latest `window_ms` after this call has returned, even if this
             process never runs again.
         """
-        added = element_added(self.table, _SET, self.interface, window_ms)
-        opening = batch(set_flushed(self.table, _SET), added)
-        try:
-            await self._in_thread("open", self._change, opening)
-        except _TableGone:
-            self.lost_count += 1
-            _log.warning(
-                "the block of %s was removed by somebody else (nft flush ruleset?): it is put back; what the guest "
-                "sent was held by QEMU meanwhile",
-                self.interface,
-            )
-            await self.install(passing=False)
-            await self._in_thread("open", self._change, opening)
-            return False
-        return True
+        return await self._put(_OPEN, window_ms)
 
     async def remove(self) -> bool:
         """Remove it, and with it every hindrance.
@@ -173,6 +178,21 @@ class EgressBlock:
                 f"the block of {self.interface} stays: the interface is up, and what its guest sends must not leave"
             )
         return await self.remove()
+
+    async def _put(self, name: str, timeout_ms: int) -> bool:
+        added = element_added(self.table, name, self.interface, timeout_ms)
+        try:
+            await self._in_thread("open", self._change, batch(set_flushed(self.table, name), added))
+        except _TableGone:
+            self.lost_count += 1
+            _log.warning(
+                "the block of %s was removed by somebody else (nft flush ruleset?): it is put back; what the guest "
+                "sent was held by QEMU meanwhile",
+                self.interface,
+            )
+            await self.install(passing=False)
+            return False
+        return True
 
     # --- In the thread -----------------------------------------------------------------------------------------------
 
@@ -246,14 +266,19 @@ def _text(table: str, interface: str, *, passing: bool) -> str:
         table {_FAMILY} {table} {{
             counter {_PASSED} {{ }}
             counter {_REFUSED} {{ }}
-            set {_SET} {{
+            set {_FRESH} {{
+                type ifname
+                flags timeout
+                {element}
+            }}
+            set {_OPEN} {{
                 type ifname
                 flags timeout
                 {element}
             }}
             chain gate {{
                 type filter hook ingress device "{interface}" priority {_PRIORITY}; policy drop;
-                iifname @{_SET} counter name {_PASSED} accept
+                iifname @{_FRESH} iifname @{_OPEN} counter name {_PASSED} accept
                 counter name {_REFUSED} drop
             }}
         }}

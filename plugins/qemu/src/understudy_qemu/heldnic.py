@@ -4,26 +4,23 @@ Two of QEMU's filter-buffer objects stand between the guest and its tap, and the
 
     guest → <nic>-epoch → <nic>-ended → tap → block → bridge
 
-``<nic>-epoch`` takes in what the guest sends. While the guest is stopped at the end of an epoch, it is switched off and
-on again, which moves its packets to ``<nic>-ended``. When the secondary has acknowledged that epoch, a commit
-
-1. opens the block, for a window of one second at most;
-2. looks at the clock: the epoch was put apart less than a minute ago;
-3. switches ``<nic>-ended`` off and on, which lets its packets out;
-4. closes the block.
+``<nic>-epoch`` takes in what the guest sends. While the guest is stopped at the end of an epoch, the block is told that
+what leaves in the next minute is *fresh*, then ``<nic>-epoch`` is switched off and on again, which moves its packets to
+``<nic>-ended``. When the secondary has acknowledged that epoch, a commit opens the block, for a *window* of one second
+at most, switches ``<nic>-ended`` off and on, which lets its packets out, and closes the block.
 
 **What is guaranteed.** QEMU's objects alone are no gate that stays shut: each flushes its queue by a timer, after more
 than an hour of the guest's running time since it was last switched on. With the block, whatever an agent's death, stop
-or slowness does:
+or slowness does, between any two of these steps:
 
 * Nothing leaves but in a window, and a window opens only after an acknowledgement. An agent that is stopped for ever
   leaves a block that is closed, or closes by itself within a second.
 * What leaves in a window was acknowledged. ``<nic>-ended`` holds what was sent until the last stop of the guest, and
-  something later only if the timer of ``<nic>-epoch`` has struck since; that takes more than an hour from the stop,
-  because the guest's time never runs faster than the host's. The window ends within 61 seconds of the stop: the look
-  at the clock comes after the window has begun to run out, so that an agent that is stopped between any two of these
-  steps, and wakes when the timer has struck, finds the block closed and drops what it flushes. This compares two clocks
-  of one host, with an hour to spare, and none of different hosts.
+  something later only if the timer of ``<nic>-epoch`` has struck since. That timer begins after the minute of what is
+  fresh has begun, and takes more than an hour; the guest's time never runs faster than the host's. So it strikes when
+  no window has an effect any more: an agent that slept so long lets out nothing, whatever it was about to do.
+
+This compares two clocks of one host, the kernel's and QEMU's, with an hour to spare, and none of different hosts.
 
 **What is not**, and makes it the weaker gate:
 
@@ -60,7 +57,7 @@ _log = logging.getLogger(__name__)
 QUEUE_PACKETS: Final = 10_000  #: what QEMU's queue takes
 _INTERVAL_US: Final = 4_000_000_000  # the longest that fits into 32 bits
 _WINDOW_MS: Final = 1000
-_LATE_S: Final = 60.0
+_FRESH_MS: Final = 60_000
 _NEWEST: Final = "epoch"
 _ENDED: Final = "ended"
 
@@ -92,8 +89,11 @@ class Block(Protocol):
     async def close(self) -> tuple[Count, Count]:
         """Let nothing pass; return what has passed and what was refused since it was made."""
 
+    async def renew(self, for_ms: int) -> bool:
+        """Let windows have an effect for so long; tell whether the block was there, and put it back if not."""
+
     async def open_for(self, window_ms: int) -> bool:
-        """Let packets pass for so long at most; tell whether it was as it had been left."""
+        """Let packets pass for so long at most; tell whether the block was there, and put it back, closed, if not."""
 
     async def remove(self) -> bool:
         """Remove it; tell whether it was there."""
@@ -130,7 +130,7 @@ class HeldNic(ProtectedDevice):
         self._options = options
         self._pace = pace
         self._ended_epoch = 0  # the newest epoch that <nic>-ended holds anything of
-        self._ended_s = 0.0  # when <nic>-epoch was last known to be empty
+        self._ended_s = 0.0  # about when that was
         self._length_s = 0.0  # of the epoch that ended then, about
         self._open = False  # <nic>-ended may have been left switched off
         self._counted = (Count(0, 0), Count(0, 0))
@@ -167,12 +167,15 @@ class HeldNic(ProtectedDevice):
     async def postsuspend(self, epoch: int) -> None:
         """Put what was sent in `epoch` apart from what will be sent; the guest is stopped."""
         self._forget_early()
+        # Before the switch, which begins the timer anew: what is fresh is over long before the timer strikes.
+        if not await self._block.renew(_FRESH_MS):
+            self._block_lost()
+        now_s = time.monotonic()
+        # A commit that has not begun to let anything out must not begin any more.
+        self._ended_epoch, self._length_s, self._ended_s = epoch, now_s - self._ended_s, now_s
         if self._open:
             await self._switch(_ENDED, "on")
             self._open = False
-        # Before the switch, which begins the timer anew: an epoch may seem older than it is, never younger.
-        now_s = time.monotonic()
-        self._ended_epoch, self._length_s, self._ended_s = epoch, now_s - self._ended_s, now_s
         await self._pass_on(_NEWEST)
 
     async def error(self) -> None:
@@ -188,25 +191,18 @@ class HeldNic(ProtectedDevice):
         """Let out what was sent up to the end of `epoch`.
 
         Raises:
-            HypervisorError: QEMU or the kernel refuses, or the agent was asleep for so long that QEMU's own timer may
-                have mixed a later epoch into this one. Nothing that is not acknowledged has left.
+            HypervisorError: QEMU or the kernel refuses. Nothing that is not acknowledged has left.
 
         Guarantees:
-            Nothing of a later epoch leaves: if one has been put apart already, all waits for its commit.
+            Nothing of a later epoch leaves: if one has been put apart already, all waits for its commit. So it does
+            when somebody else has removed the block.
         """
         if self._ended_epoch != epoch:
             return
-        ended_s = self._ended_s
         if not await self._block.open_for(_WINDOW_MS):
-            self._lost_block_count += 1
-            self._counted = (Count(0, 0), Count(0, 0))
+            self._block_lost()
+            return
         try:
-            # Asked when the window runs out already: however long we sleep from here on, it is closed in time.
-            if time.monotonic() - ended_s > _LATE_S:
-                raise HypervisorError(
-                    f"{self._name}: epoch {epoch} was put apart more than {_LATE_S:g} s ago, and QEMU's own timer may "
-                    "have mixed a later one into it: nothing is let out"
-                )
             # The next epoch may have been put apart while the block was being opened.
             if self._ended_epoch == epoch:
                 # Cancelled or failed between its two halves, it would be open when the next epoch is put apart.
@@ -292,6 +288,10 @@ class HeldNic(ProtectedDevice):
             else:
                 _log.warning("%s", problem)
         self._reckon_early(passed.packets)
+
+    def _block_lost(self) -> None:
+        self._lost_block_count += 1
+        self._counted = (Count(0, 0), Count(0, 0))
 
     def _reckon_early(self, packets: int) -> None:
         # At the rate of the epoch before, the queue that began to fill at the last stop is this full then.
