@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(120)]
 
 TIMER_S = 5
 FRESH_S = 3
-PERIOD_MS = 200
+PERIOD_MS = 150
 WINDOW_S = 1.0
 SLACK_S = 0.5  #: between the signal and the agent's last instruction, and for packets on their way
 
@@ -90,11 +90,10 @@ async def observed(root: Path) -> AsyncIterator[tuple[Bed, Observer]]:
         (root / host / "hurried" / "sitecustomize.py").write_text(HURRIED, encoding="utf-8")
     async with make_bed(root, mode="remus", draw=16, period_ms=PERIOD_MS) as bed:
         await bed.protect()
-        await bed.goes_on()
         observer = await Observer.begin(bed.pair.lab, "alpha")
         try:
-            await bed.goes_on()
-            assert observer.seen_ns
+            await bed.goes_on(replies=2)
+            await until(lambda: bool(observer.seen_ns))
             yield bed, observer
         finally:
             await observer.end()
