@@ -26,6 +26,7 @@ ELSEWHERE = {
     "filter-buffer": "tests/contract/test_filter_buffer.py",
     "block-replication": "tests/qemu/test_domains.py",
     "colo-proxy": "tests/qemu/test_colo_proxy.py",
+    "netbuffer": "tests/kernel/test_netbuffer_contract.py",
 }
 
 
