@@ -138,6 +138,11 @@ class Mapper:
     ) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._fd < 0
+
     def close(self) -> None:
         """Close the control device. Idempotent."""
         fd, self._fd = self._fd, -1

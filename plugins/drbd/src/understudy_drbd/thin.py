@@ -34,7 +34,16 @@ from typing import Final, Self
 from understudy.errors import StateError, UnderstudyError
 from understudy_drbd.dm import Mapper, MapperRefused, Target
 
-__all__ = ["CUTS", "FIRST_CUT_ID", "MAX_VOLUME_ID", "NotThin", "PoolState", "ThinVolume", "read_pool_status"]
+__all__ = [
+    "CUTS",
+    "FIRST_CUT_ID",
+    "MAX_VOLUME_ID",
+    "InUse",
+    "NotThin",
+    "PoolState",
+    "ThinVolume",
+    "read_pool_status",
+]
 
 FIRST_CUT_ID: Final = 0xE0_0000  #: thin ids from here on (of 24 bits) are cuts; LVM counts upwards from 1
 _SLOTS: Final = 4  # ids per volume; a power of two
@@ -42,6 +51,10 @@ CUTS: Final = 3  #: how many cuts there may be at a time: the committed one, the
 MAX_VOLUME_ID: Final = (0x100_0000 - FIRST_CUT_ID) // _SLOTS - 1  #: of a volume whose cuts have ids
 
 _THIN_PARAMETERS: Final = 2  # pool, id; a third one is an external origin
+
+
+class InUse(StateError):
+    """Somebody has the volume open; nothing was changed."""
 
 
 class NotThin(UnderstudyError):
@@ -104,6 +117,7 @@ class ThinVolume:
         self._pool_number = _number(pool)
         # A call whose caller was cancelled goes on in its thread; what undoes it must come after it.
         self._lock = threading.Lock()
+        self._closed = False
 
     @classmethod
     def find(cls, mapper: Mapper, path: Path) -> Self:
@@ -151,13 +165,16 @@ class ThinVolume:
         """Keep the volume as it is now; whoever writes to it is held up for the moment.
 
         Raises:
-            StateError: The place of this cut is taken: the cut of three epochs before was not dropped.
+            StateError: The place of this cut is taken: the cut of three epochs before was not dropped;
+                or this is after `close`.
             MapperRefused: The pool or the volume refused; there is no cut.
 
         Guarantees:
             Afterwards, also on failure, the volume takes writes again.
         """
         with self._lock:
+            if self._closed:
+                raise StateError(f"{self.name}: no more cuts are made in this session")
             self._mapper.suspend(self.number)
             try:
                 self._mapper.message(self._pool_number, f"create_snap {self.cut_id(epoch)} {self.identity}")
@@ -189,7 +206,8 @@ class ThinVolume:
         Nobody may have the volume open. The cut stays.
 
         Raises:
-            StateError: Somebody has it open, or there is no such cut; the volume is as before.
+            InUse: Somebody has it open.
+            StateError: There is no such cut; the volume is as before.
             MapperRefused: The pool refused half-way; the cut is still there.
 
         Guarantees:
@@ -199,7 +217,7 @@ class ThinVolume:
         with self._lock:
             mine = Target(0, self.sectors, "thin", f"{self.pool} {self.identity}")
             if opened := self._mapper.status(self.number).open_count:
-                raise StateError(f"{self.name} is open ({opened} times) and cannot be rolled back")
+                raise InUse(f"{self.name} is open ({opened} times) and cannot be rolled back")
             cut = self.cut_id(epoch)
             self._demand(epoch)
             # An id that a device is made of cannot be deleted.
@@ -218,12 +236,13 @@ class ThinVolume:
             MapperRefused: The pool refused; EBUSY while a device is made of one.
         """
         with self._lock:
-            found = self._mapper.status(self.number).suspended
-            if found:
-                self._mapper.resume(self.number)
-            for number in range(_SLOTS):
-                found |= self._delete(self._slot(number))
-            return found
+            return self._clear()
+
+    def close(self) -> None:
+        """Forget all cuts as `clear` does, and make no more: also none whose caller has gone away meanwhile."""
+        with self._lock:
+            self._closed = True
+            self._clear()
 
     def pool_state(self) -> PoolState:
         """Return what the pool says of itself.
@@ -235,6 +254,14 @@ class ThinVolume:
         return read_pool_status(target.parameters)
 
     # --- Private -----------------------------------------------------------------------------------------------------
+
+    def _clear(self) -> bool:
+        found = self._mapper.status(self.number).suspended
+        if found:
+            self._mapper.resume(self.number)
+        for number in range(_SLOTS):
+            found |= self._delete(self._slot(number))
+        return found
 
     def _demand(self, epoch: int) -> None:
         # The pool lists no ids. A snapshot of one that does not exist is refused; one that is made goes at once.

@@ -1,0 +1,255 @@
+"""DRBD's own tools, run off the pause path, every run with a deadline; and its state, looked at without them.
+
+Source: drbdadm(8), drbdsetup(8), drbdmeta(8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import threading
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from understudy.errors import UnderstudyError
+from understudy.threads import TimedThreads
+from understudy_drbd.resource import Resource, resource_of
+from understudy_drbd.status import PROC, State, read_json, read_proc, version
+
+__all__ = ["MAJOR", "Control", "ToolFailed", "minor_of", "run_tool", "threads"]
+
+_log = logging.getLogger(__name__)
+
+MAJOR: Final = 147  #: device number of DRBD's block devices; Linux Documentation/admin-guide/devices.txt
+
+_TOOL_S: Final = 20.0
+_LOOK_S: Final = 2.0
+_POLL_S: Final = 0.02
+_EIGHT: Final = 8
+_ALONE: Final = frozenset({"StandAlone", "Unconfigured"})
+
+#: Where everything of this plugin that may block in the kernel is run.
+threads: Final = TimedThreads("understudy-drbd")
+
+
+class ToolFailed(UnderstudyError):
+    """One of DRBD's tools failed.
+
+    Args:
+        argv: How it was called.
+        problem: How it ended, with its own words.
+    """
+
+    def __init__(self, argv: tuple[str, ...], problem: str) -> None:
+        super().__init__(f"{' '.join(argv)}: {problem}")
+        self.argv = argv
+        self.problem = problem
+
+
+def run_tool(*argv: str, timeout_s: float = _TOOL_S) -> str:
+    """Run one of DRBD's tools and return what it prints; blocks.
+
+    Args:
+        argv: The tool and its arguments.
+        timeout_s: How long it may take, seconds.
+
+    Raises:
+        ToolFailed: It is not installed, did not end in time (it and what it started are killed), or failed; with its
+            words.
+    """
+    try:
+        tool = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ToolFailed(argv, f"it cannot be started: {error.strerror}") from error
+    with tool:
+        try:
+            printed, complained = tool.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(tool.pid, signal.SIGKILL)
+            raise ToolFailed(argv, f"it did not end within {timeout_s:g} s") from None
+    if tool.returncode:
+        words = " ".join((complained + printed).decode(errors="replace").split())
+        raise ToolFailed(argv, f"status {tool.returncode}: {words[:400] or 'no word'}")
+    return printed.decode(errors="replace")
+
+
+def minor_of(path: Path) -> int | None:
+    """Return the minor number of the DRBD device at `path`, ``None`` if it is none. Blocks."""
+    try:
+        number = path.stat().st_rdev
+    except OSError:
+        return None
+    return os.minor(number) if path.is_block_device() and os.major(number) == MAJOR else None
+
+
+class Control:
+    """One resource on this host.
+
+    Args:
+        resource: Which.
+        major_version: Of the DRBD that is loaded, 8 or 9.
+
+    Make one with `find`.
+    """
+
+    def __init__(self, resource: Resource, major_version: int) -> None:
+        self.resource = resource
+        self.major_version = major_version
+        # A tool whose caller was cancelled goes on in its thread; what undoes its work must come after it.
+        self._lock = threading.Lock()
+
+    @classmethod
+    async def find(cls, path: Path) -> Control | None:
+        """Return the resource of the DRBD device at `path`, ``None`` if that is no such device.
+
+        Raises:
+            UnderstudyError: DRBD is not loaded, or its configuration on this host does not know the device.
+        """
+        minor = await threads.run(minor_of, path, timeout_s=_LOOK_S)
+        if minor is None:
+            return None
+        try:
+            proc = await threads.run(_read, PROC, timeout_s=_LOOK_S)
+        except FileNotFoundError:
+            raise UnderstudyError(f"{path} is a DRBD device, but DRBD is not loaded here") from None
+        host = os.uname().nodename
+        resource = resource_of(await _in_thread("drbdadm", "dump-xml"), host, minor)
+        if resource is None:
+            raise UnderstudyError(f"DRBD's configuration has no resource with {path} on host {host}")
+        return cls(resource, version(proc)[0])
+
+    async def state(self) -> State:
+        """Return the resource's state at this moment.
+
+        Raises:
+            UnderstudyError: It cannot be told.
+            TimeoutError: DRBD does not answer.
+        """
+        if self.major_version == _EIGHT:
+            return read_proc(await threads.run(_read, PROC, timeout_s=_LOOK_S), self.resource.minor)
+        printed = await _in_thread("drbdsetup", "status", self.resource.name, "--json", timeout_s=_LOOK_S)
+        return read_json(printed, self.resource.minor)
+
+    async def demand_mirrored(self) -> State:
+        """Return the state, which must be that every write that has ended is on both hosts.
+
+        Raises:
+            UnderstudyError: It is not, and how it is.
+        """
+        state = await self.state()
+        if not state.mirrored:
+            raise UnderstudyError(
+                f"DRBD resource {self.resource.name} is not Connected and UpToDate on both hosts: {state}"
+            )
+        return state
+
+    async def until(self, *connections: str, timeout_s: float) -> State:
+        """Wait until the connection is in one of these states.
+
+        Raises:
+            UnderstudyError: It was not in time.
+        """
+        state = await self.state()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while state.connection not in connections:
+                    await asyncio.sleep(_POLL_S)
+                    state = await self.state()
+        if state.connection not in connections:
+            wanted = " or ".join(connections)
+            raise UnderstudyError(
+                f"DRBD resource {self.resource.name} is not {wanted} within {timeout_s:g} s: {state}"
+            )
+        return state
+
+    async def generation(self) -> str:
+        """Return DRBD's identifier of the data, which is the same on two hosts whose data are.
+
+        Source: drbdmeta(8), "get-gi"; the lowest bit tells whether the host is primary.
+        """
+        printed = await _in_thread("drbdadm", "get-gi", self.resource.name)
+        try:
+            current = int(printed.split(":", 1)[0].split()[-1], 16)
+        except (IndexError, ValueError):
+            raise UnderstudyError(f"DRBD's generation identifier makes no sense: {printed[:100]!r}") from None
+        return f"{current & ~1:016X}"
+
+    # --- Changes -----------------------------------------------------------------------------------------------------
+
+    async def disconnect(self) -> None:
+        """Give the peer up, without its consent; harmless when there is none any more."""
+        if (await self.state()).connection in _ALONE:
+            return
+        try:
+            await self._drbdadm("disconnect", "--force")
+        except ToolFailed:
+            # DRBD may have given it up by itself at this moment, for instance over a split brain.
+            if (await self.state()).connection not in _ALONE:
+                raise
+
+    async def connect(self, *, discard_mine: bool = False) -> None:
+        """Look for the peer again.
+
+        Args:
+            discard_mine: If the two disagree, this host's writes are the ones to go.
+        """
+        if (await self.state()).connection == "StandAlone":
+            await self._drbdadm("connect", *(("--discard-my-data",) if discard_mine else ()))
+
+    async def detach(self) -> None:
+        """Let go of the disk below; harmless when that has been done."""
+        if (await self.state()).disk != "Diskless":
+            await self._drbdadm("detach")
+
+    async def attach(self) -> None:
+        """Take the disk below as it is now, its activity log applied first: nobody closed it properly."""
+        await self._drbdadm("apply-al")
+        await self._drbdadm("attach")
+
+    async def promote(self) -> None:
+        """Become DRBD's primary."""
+        await self._drbdadm("primary")
+
+    async def demote(self) -> None:
+        """Become DRBD's secondary; nobody may have the device open."""
+        await self._drbdadm("secondary")
+
+    async def distrust_peer(self) -> None:
+        """Have the next resynchronisation copy the whole disk; as DRBD's primary, without a connection.
+
+        Guarantees:
+            It is written down on this disk, and true whichever host turns out to be the one that is copied to.
+        """
+        await self._drbdadm("invalidate-remote")
+
+    async def distrust_own(self) -> None:
+        """Have the next resynchronisation copy the whole disk to here; as DRBD's secondary, without a connection."""
+        await self._drbdadm("invalidate")
+
+    async def _drbdadm(self, command: str, *arguments: str) -> None:
+        _log.info("DRBD resource %s: %s", self.resource.name, " ".join((command, *arguments)))
+        argv = ("drbdadm", command, *arguments, self.resource.name)
+        await threads.run(self._one_at_a_time, argv, timeout_s=2 * _TOOL_S)
+
+    def _one_at_a_time(self, argv: tuple[str, ...]) -> None:
+        with self._lock:
+            run_tool(*argv)
+
+
+async def _in_thread(*argv: str, timeout_s: float = _TOOL_S) -> str:
+    return await threads.run(partial(run_tool, *argv, timeout_s=timeout_s), timeout_s=timeout_s + 1)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="ascii")

@@ -1,0 +1,135 @@
+"""The primary's half of a DRBD disk: nothing is cut, and nothing acknowledged, unless both hosts have every write.
+
+Why it is enough to look right before the cut: the guest stands still and its writes have ended. Under protocol C a
+write ends when the other host has it, or when DRBD has given the other host up and noted the block as out of sync. So
+a DRBD that is Connected and UpToDate on both hosts at that moment has all of them there, whatever the connection went
+through before, and until the guest runs again nothing is added.
+
+Source: Linux drivers/block/drbd/drbd_req.c; libxl's libxl_remus_disk_drbd.c for the place in the cycle.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from understudy.device import OpenContext, Peer, ProtectedDevice, Verdict
+from understudy.errors import UnderstudyError
+from understudy_drbd.control import Control
+
+__all__ = ["PrimaryDisk", "rejoin"]
+
+_log = logging.getLogger(__name__)
+
+_PEER_S = 10.0
+
+
+class PrimaryDisk(ProtectedDevice):
+    """One disk of the guest on the primary's host.
+
+    Args:
+        control: Its DRBD resource.
+        peer: The other half.
+
+    Make one with `open`.
+    """
+
+    __slots__ = ("_control", "_cut_ns", "_left", "_peer")
+
+    def __init__(self, control: Control, peer: Peer) -> None:
+        self._control = control
+        self._peer = peer
+        self._cut_ns = 0
+        self._left = False
+
+    @classmethod
+    async def open(cls, context: OpenContext, control: Control) -> PrimaryDisk:
+        """Make sure that the two halves are two ends of one mirror.
+
+        Raises:
+            UnderstudyError: They are not, or the mirror is not whole.
+        """
+        await control.demand_mirrored()
+        theirs = await context.peer.request("generation", {}, timeout_s=_PEER_S)
+        ours = await control.generation()
+        if theirs.get("generation") != ours:
+            raise UnderstudyError(
+                f"{context.device.name} is DRBD resource {control.resource.name} here and "
+                f"{theirs.get('resource')} on the other host, and their data differ: they are not one mirror"
+            )
+        return cls(control, context.peer)
+
+    async def postsuspend(self, epoch: int) -> None:
+        """Have the other half cut `epoch`; the guest is stopped and all its writes have ended.
+
+        Raises:
+            UnderstudyError: The other host does not have them all, or did not cut.
+        """
+        await self._control.demand_mirrored()
+        began_ns = time.perf_counter_ns()
+        await self._peer.request("cut", {"epoch": epoch}, timeout_s=_PEER_S)
+        self._cut_ns = time.perf_counter_ns() - began_ns
+
+    async def error(self) -> None:
+        """Raise if the mirror is not whole.
+
+        Raises:
+            UnderstudyError: How it is.
+        """
+        await self._control.demand_mirrored()
+
+    async def stop(self, *, failover: bool) -> None:
+        """Let DRBD go on mirroring; without the other host, leave it at once.
+
+        A write that waits for a host that hangs ends then. And two DRBDs that are both primary do not meet before it
+        is decided which of them goes on: both would give the connection up for good.
+        """
+        if failover:
+            self._left = True
+            await self._control.disconnect()
+
+    async def teardown(self, verdict: Verdict) -> None:
+        """Look for the other host again; with a disk whose guest goes on there, become the mirror of that.
+
+        Raises:
+            UnderstudyError: DRBD refuses, for instance because the device is still open.
+        """
+        if verdict is Verdict.DISCARD:
+            await rejoin(self._control)
+        elif self._left:
+            await self._control.connect()
+            self._left = False
+
+    def counters(self) -> Mapping[str, int | float]:
+        """Return how long the other half took to cut."""
+        return {"cut_ns": self._cut_ns}
+
+
+async def rejoin(control: Control) -> bool:
+    """Give up what this host has written, for the disk of the other host, where the guest goes on.
+
+    What a host wrote that did not crash is in no log of DRBD's once the other host had acknowledged it; after the other
+    one went back to an earlier checkpoint nobody knows any more which blocks differ. So all of them are copied. The
+    decision is written down before anything else is: whoever connects the two hosts next, and whenever, cannot miss it.
+
+    A host that did crash comes back as DRBD's secondary. DRBD applies the log of its last writes by itself, and the
+    other host has seen to the case that the log is too short (`SecondaryDisk`): nothing is to be done.
+
+    Returns:
+        Whether anything was to be done.
+
+    Raises:
+        UnderstudyError: DRBD refuses.
+    """
+    state = await control.state()
+    if state.role != "Primary":
+        return False
+    if state.connection == "Connected" and state.peer_role == "Secondary":
+        return False  # the other host has not left this mirror, so it did not go on
+    await control.disconnect()
+    await control.distrust_peer()
+    await control.demote()
+    await control.connect(discard_mine=True)
+    _log.info("DRBD resource %s: becomes the mirror of the other host", control.resource.name)
+    return True

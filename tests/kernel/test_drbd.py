@@ -1,0 +1,147 @@
+"""The subkind on a real DRBD pair: two nodes in one kernel."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.kernel.drbdpair import (
+    PRIMARY,
+    SECONDARY,
+    Disk,
+    DrbdPair,
+    Session,
+    Straight,
+    differences,
+    drbd_pair,
+)
+from tests.testbeds.rounds import rounds
+from understudy.device import Verdict
+from understudy.errors import StateError, UnderstudyError
+from understudy_drbd.dm import MapperRefused
+from understudy_drbd.subkind import DRBD
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DrbdPair]:
+    with drbd_pair(tmp_path_factory.mktemp("drbd")) as pair:
+        yield pair
+
+
+@pytest.fixture
+async def pair(made: DrbdPair) -> DrbdPair:
+    await made.begin()
+    return made
+
+
+@pytest.mark.parametrize("seed", range(rounds(2, 10)))
+async def test_thirty_epochs_a_takeover_and_the_way_back(pair: DrbdPair, seed: int) -> None:
+    chance = random.Random(seed)
+    disk = Disk(pair.devices[PRIMARY], chance)
+    session = await Session.open(pair)
+    for _ in range(chance.randrange(1, 31)):
+        disk.write(4)
+        await session.checkpoint()
+    committed = dict(disk.expected)
+    disk.write(6)
+    if chance.random() < 0.5:
+        await session.checkpoint(commit=False)  # held, whether or not the primary ever hears of it
+        committed = dict(disk.expected)
+        disk.write(6)
+    # It is on the secondary's disk, in no checkpoint.
+    assert not differences(pair.lower[SECONDARY], disk.expected)
+
+    session.secondary.sever()
+    await session.secondary.stop(failover=True)
+    assert (await pair.state(SECONDARY)).role == "Primary"
+    promoted = Disk(pair.devices[SECONDARY], chance)
+    promoted.expected = committed
+    assert not differences(promoted.device, committed)
+
+    # The guest goes on there; the old primary, which did not crash, gives its own writes up.
+    promoted.write(8)
+    await session.primary.stop(failover=True)
+    await session.secondary.teardown(Verdict.KEEP)
+    await session.primary.teardown(Verdict.DISCARD)
+    await pair.mirrored()
+    promoted.write(8)
+    for side in (PRIMARY, SECONDARY):
+        assert not differences(pair.lower[side], promoted.expected)
+
+
+async def test_a_takeover_without_a_checkpoint_is_refused(pair: DrbdPair) -> None:
+    session = await Session.open(pair)
+    with pytest.raises(StateError, match="no checkpoint"):
+        await session.secondary.stop(failover=True)
+    assert (await pair.state(SECONDARY)).mirrored
+    for each in (session.secondary, session.primary):
+        await each.teardown(Verdict.KEEP)
+
+
+async def test_a_mirror_that_is_not_whole_ends_the_protection(pair: DrbdPair) -> None:
+    session = await Session.open(pair)
+    await session.checkpoint()
+    await (await pair.control(SECONDARY)).disconnect()
+    await (await pair.control(PRIMARY)).until("WFConnection", timeout_s=30)
+    with pytest.raises(
+        UnderstudyError, match="alpha is not Connected and UpToDate on both hosts: WFConnection"
+    ):
+        await session.primary.postsuspend(2)
+    for each in (session.primary, session.secondary):
+        with pytest.raises(UnderstudyError, match="not Connected and UpToDate"):
+            await each.error()
+    for each in (session.secondary, session.primary):
+        await each.stop(failover=False)
+        await each.teardown(Verdict.KEEP)
+    assert (await pair.state(PRIMARY)).role == "Primary"
+
+
+async def test_a_failover_that_failed_is_undone(pair: DrbdPair) -> None:
+    disk = Disk(pair.devices[PRIMARY], random.Random(1))
+    session = await Session.open(pair)
+    disk.write(4)
+    await session.checkpoint()
+    disk.write(4)
+    await session.secondary.stop(failover=True)
+    await session.primary.stop(failover=True)
+    # The takeover failed later on; the old primary goes on and must find its mirror again, with all it wrote.
+    await session.secondary.teardown(Verdict.DISCARD)
+    await session.primary.teardown(Verdict.KEEP)
+    disk.write(4)
+    await pair.mirrored()
+    assert (await pair.state(PRIMARY)).role == "Primary"
+    for side in (PRIMARY, SECONDARY):
+        assert not differences(pair.lower[side], disk.expected)
+
+
+async def test_nothing_is_left_of_a_planned_end(pair: DrbdPair) -> None:
+    session = await Session.open(pair)
+    await session.checkpoint()
+    await session.checkpoint(commit=False)
+    for each in (session.primary, session.secondary):
+        await each.stop(failover=False)
+        await each.teardown(Verdict.KEEP)
+    assert (await pair.state(PRIMARY)).mirrored
+    for cut in range(0xE00008, 0xE0000C):
+        with pytest.raises(MapperRefused, match="delete"):
+            pair.pool.mapper.message(pair.pool.name, f"delete {cut}")
+
+
+async def test_two_disks_that_are_no_mirror_of_each_other_are_refused(pair: DrbdPair) -> None:
+    class Stranger:
+        async def request(self, *_: object, timeout_s: float) -> dict[str, str]:
+            return {"generation": "0123456789ABCDEE", "resource": "gamma"}
+
+    with pytest.raises(UnderstudyError, match=r"alpha here and gamma on the other host.*not one mirror"):
+        await DRBD.open(pair.context(PRIMARY, Stranger()))
+
+
+async def test_a_session_begins_on_the_right_side(pair: DrbdPair) -> None:
+    turned = replace(pair, devices={PRIMARY: pair.devices[SECONDARY], SECONDARY: pair.devices[PRIMARY]})
+    with pytest.raises(UnderstudyError, match="alpha is Primary here, not Secondary"):
+        await DRBD.open(turned.context(SECONDARY, Straight()))
