@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from understudy.options import parse_options
 from understudy.services import Services
 from understudy_netbuffer import subkind as subkind_module
 from understudy_netbuffer.installation import Claim, gate_name
-from understudy_netbuffer.nic import interface_of
+from understudy_netbuffer.nic import BufferedNic, interface_of
 from understudy_netbuffer.options import NetbufferOptions
 from understudy_netbuffer.parts import missing_parts
 from understudy_netbuffer.plugin import understudy_subkinds
@@ -43,6 +46,17 @@ def test_a_wrong_option_is_refused_in_words(wrong: dict[str, Any]) -> None:
 
 def test_the_defaults_fit() -> None:
     assert NetbufferOptions() == parse_options(NetbufferOptions, {}, source="", where="")
+
+
+def test_every_option_and_counter_is_documented_with_its_default() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "netbuffer.md").read_text()
+    for field in dataclasses.fields(NetbufferOptions):
+        default = f'`"{field.default}"`' if isinstance(field.default, str) else str(field.default)
+        assert f"| `{field.name}` | {default} |" in page
+    counted = re.findall(r'"(\w+)": ', inspect.getsource(BufferedNic.counters))
+    assert counted
+    for name in counted:
+        assert f"`{name}`" in page
 
 
 def test_the_descriptor() -> None:
