@@ -10,9 +10,10 @@ import pytest
 from tests.testbeds.rounds import rounds
 from understudy.arbiter import RecordState
 from understudy.device import Gate, Mode
+from understudy.engine import SecondarySession
 from understudy.errors import StateError
 from understudy.session import PrimaryState, SecondaryState
-from understudy.session.events import Prefer, Protect, Stop, Unprotect
+from understudy.session.events import Prefer, Protect, Unprotect
 from understudy.testing.clock import in_virtual_time
 from understudy.testing.simhost import fails, hangs, takes
 from understudy.testing.world import GUEST, SimulatedPair
@@ -222,8 +223,7 @@ async def test_stopping_the_guest_after_its_protection() -> None:
         await pair.start()
         await pair.protect()
         await pair.unprotect()
-        driver = await pair.sites["alpha"].own()
-        await driver.ask(Stop())
+        pair.sites["alpha"].host.guests[GUEST].shut_down()
         await pair.reach("alpha", P.OFF)
         assert states(pair)[-1] == "stopped"
         pair.check(clean=("alpha", "beta"))
@@ -239,6 +239,53 @@ async def test_a_reboot_under_protection_changes_nothing() -> None:
         assert pair.sites["alpha"].state is P.PROTECTED
         assert pair.sites["beta"].state is S.STANDBY
         pair.check()
+
+
+@in_virtual_time
+async def test_a_repeated_request_to_prepare_is_refused_and_changes_nothing() -> None:
+    async with SimulatedPair() as pair:
+        await pair.start()
+        await pair.protect(wait=False)
+        await pair.reach("beta", S.SYNCING)
+        beta, alpha = pair.sites["beta"].driver, pair.sites["alpha"].driver
+        assert isinstance(beta, SecondarySession)
+        assert alpha is not None
+        [session] = beta._asked
+        record = pair.arbiter.records[GUEST][-1].to_json()
+        again = {"session": session, "record": record, "mode": "remus", "facts": {}}
+        with pytest.raises(StateError, match="is being prepared already"):
+            await beta.serve("prepare", again)
+        await pair.reach("alpha", P.PROTECTED)
+        await pair.epochs(3)
+        pair.check()
+
+
+@in_virtual_time
+async def test_a_request_to_prepare_from_an_older_record_is_refused() -> None:
+    async with SimulatedPair() as pair:
+        await pair.start()
+        await pair.protect()
+        beta = pair.sites["beta"].driver
+        assert isinstance(beta, SecondarySession)
+        record = pair.arbiter.records[GUEST][-1].to_json()
+        with pytest.raises(StateError, match="takes no new copy here while it is standby"):
+            await beta.serve("prepare", {"session": "newer", "record": record, "mode": "remus", "facts": {}})
+        await pair.epochs(3)
+        pair.check()
+
+
+@in_virtual_time
+async def test_why_a_copy_failed_is_no_cause_once_there_is_one() -> None:
+    async with SimulatedPair() as pair:
+        await pair.start()
+        await pair.protect()
+        driver = pair.sites["alpha"].driver
+        assert driver is not None
+        driver.told("failure", {"detail": "late"})
+        assert driver.failure is None
+        await pair.unprotect()
+        driver.told("failure", {"detail": "later"})
+        assert driver.failure is None
 
 
 @in_virtual_time

@@ -16,7 +16,7 @@ from tests.testbeds.rounds import rounds
 from understudy.device import Gate, Mode
 from understudy.errors import StateError
 from understudy.session import PrimaryState, SecondaryState
-from understudy.session.events import Prefer, Protect, Stop, Unprotect
+from understudy.session.events import Prefer, Protect, Unprotect
 from understudy.testing import clock
 from understudy.testing.arbiter import Silence
 from understudy.testing.simhost import SimulatedHost, fails, hangs, takes
@@ -177,16 +177,14 @@ class Life:
         driver = site.driver
         if not site.alive or driver is None:
             return
-        what = self.random.choice(["unprotect", "force", "prefer", "stop"])
+        what = self.random.choice(["unprotect", "force", "prefer"])
         self.told(f"operator: {what} on {site.name}, {site.state}")
         if what == "force":
             await self.ask(self.pair.force(site.name))
         elif what == "unprotect":
             await self.ask(driver.ask(Unprotect()))
-        elif what == "prefer":
-            await self.ask(driver.ask(Prefer(primary=self.random.random() < 0.5)))
         else:
-            await self.ask(driver.ask(Stop()))
+            await self.ask(driver.ask(Prefer(primary=self.random.random() < 0.5)))
 
     # --- What must follow ----------------------------------------------------------------------------------------
 

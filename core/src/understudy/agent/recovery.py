@@ -58,7 +58,9 @@ class Recovery:
         self._agent.spawn(self._watch(), "watch over unprotected guests")
 
     async def _recover(self, tenure: Tenure, config: GuestConfig, hypervisor: Hypervisor) -> None:
+        clock = asyncio.get_running_loop()
         while tenure.driver is None:
+            began_s = clock.time()
             try:
                 with tenure.operation(f"{RECOVERY} after the start of the agent"):
                     if await self._looked_after(tenure, config, hypervisor):
@@ -66,8 +68,8 @@ class Recovery:
             except GuestBusy:
                 await tenure.free()
             else:
-                # An operator may step in before it is tried again.
-                await asyncio.sleep(POLL_S)
+                # An operator may step in before it is tried again: for as long as the attempt kept him out.
+                await asyncio.sleep(max(POLL_S, clock.time() - began_s))
         driver = tenure.driver
         if driver is not None and driver.machine.live:
             await self._clean_decided(tenure, config, hypervisor)

@@ -13,10 +13,18 @@ from understudy.engine.driver import Carry, Driver
 from understudy.engine.epochs import Epochs
 from understudy.engine.pairs import make_group, serve_device
 from understudy.engine.stall import unless_stalled
-from understudy.errors import HypervisorError, NotReplicating, PeerError, StateError, UnderstudyError
+from understudy.errors import (
+    GuestNotFound,
+    HypervisorError,
+    NotReplicating,
+    PeerError,
+    StateError,
+    UnderstudyError,
+)
 from understudy.hypervisor import DomainEventKind
 from understudy.phases import first_failure
 from understudy.services import PACE
+from understudy.session import PrimaryState
 from understudy.session import effects as do
 from understudy.session import events as on
 
@@ -69,7 +77,6 @@ class PrimarySession(Driver):
             do.KillGuest: self._kill_guest,
             do.RemoveGate: self._remove_gate,
             do.StartGuest: self._start_guest,
-            do.ShutdownGuest: self._shutdown_guest,
         }
 
     async def close(self) -> None:
@@ -150,7 +157,7 @@ class PrimarySession(Driver):
         """Take a note of the secondary's engine."""
         if method != "failure":
             super().told(method, params)
-        elif not self._replicates and not self._told.is_set():
+        elif self.machine.state is PrimaryState.SYNCING and not self._replicates and not self._told.is_set():
             theirs = PeerError(f"{self.machine.peer}: {params.get('detail')}")
             theirs.__cause__ = self.failure
             self.failure = theirs
@@ -263,7 +270,11 @@ class PrimarySession(Driver):
     async def _stop_found(self) -> None:
         around = self.around
         async with asyncio.timeout(around.limits.end_s):
-            domain = await around.hypervisor.primary(around.config)
+            try:
+                domain = await around.hypervisor.primary(around.config)
+            except (StateError, GuestNotFound) as ended:
+                log.info("guest %s: nothing to stop: %s", self.guest, ended)
+                return
             try:
                 await domain.freeze()
             finally:
@@ -293,19 +304,11 @@ class PrimarySession(Driver):
         if domain is not None:
             await domain.close()
 
-    # --- Start and stop ------------------------------------------------------------------------------------------
+    # --- Start ---------------------------------------------------------------------------------------------------
 
     async def _start_guest(self, effect: do.StartGuest) -> None:
         async with asyncio.timeout(self.around.limits.start_s):
             await self.around.hypervisor.start(self.around.config, effect.record)
-
-    async def _shutdown_guest(self, effect: do.ShutdownGuest) -> None:
-        self.begin(effect, self._shutting_down())
-
-    async def _shutting_down(self) -> None:
-        around = self.around
-        await around.hypervisor.stop(around.config, force=False, timeout_s=around.limits.shutdown_s)
-        self.post(on.GuestShutdown())
 
     # --- The other host ------------------------------------------------------------------------------------------
 

@@ -46,8 +46,8 @@ class SecondarySession(Driver):
         self.domain: SecondaryDomain | None = None
         self.group: DeviceGroup | None = None
         self.loaded = 0  #: checkpoints that the copy has loaded, as far as it told
-        self._facts: Json = {}  # the primary's
-        self._ready: asyncio.Future[None] | None = None  # of the request to prepare
+        # The requests to prepare that wait for their copy: by session, the primary's facts and what to answer with.
+        self._asked: dict[str, tuple[Json, asyncio.Future[None]]] = {}
         self._receive = asyncio.Event()
         self._copy: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -110,10 +110,19 @@ class SecondarySession(Driver):
             raise StateError(
                 f"guest {self.guest} is to be protected in mode {mode}, its file here says {ours}"
             )
-        self._facts = facts
-        self._ready = asyncio.get_running_loop().create_future()
-        await self.ask(on.Prepare(session, record))
-        await self._ready
+        if session in self._asked:
+            raise StateError(f"the copy of {self.guest} for session {session} is being prepared already")
+        ready = asyncio.get_running_loop().create_future()
+        self._asked[session] = facts, ready
+        try:
+            await self.ask(on.Prepare(session, record))
+            if self.machine.session != session:
+                raise StateError(
+                    f"guest {self.guest} takes no new copy here while it is {self.machine.state.value}"
+                )
+            await ready
+        finally:
+            del self._asked[session]
         assert self.group is not None  # noqa: S101 - that is what ready means
         return {"phases": [phase for phase in _PHASES if self.group.has(phase)]}
 
@@ -147,12 +156,13 @@ class SecondarySession(Driver):
             self.post(on.PeerLost(str(self.way.port.lost)))
 
     async def _copying(self, effect: do.PrepareCopy) -> None:
-        ready, way = self._ready, self.way
+        facts, ready = self._asked.get(effect.session, ({}, None))
+        way = self.way
         try:
             if way is None or ready is None:
                 raise StateError(f"nobody asked this host for a copy of {self.guest}")
             around = self.around
-            domain = self.domain = await around.hypervisor.secondary(around.config, self._facts)
+            domain = self.domain = await around.hypervisor.secondary(around.config, facts)
             mode = around.config.protection.mode
             gates = around.hypervisor.modes.get(mode, frozenset())
             group = make_group(around, ReplicationMode.SECONDARY, effect.session, domain.services, gates, way)

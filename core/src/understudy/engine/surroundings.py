@@ -39,7 +39,6 @@ class Limits:
     end_s: float = 30.0  #: to stop, kill, release or tear down, each
     promote_s: float = 60.0  #: to make memory and disks of the copy agree
     start_s: float = 60.0  #: to start the guest
-    shutdown_s: float = 300.0  #: for the guest to shut itself down
 
 
 @dataclass(frozen=True, slots=True)

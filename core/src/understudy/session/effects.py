@@ -1,7 +1,7 @@
 """What a session wants done: the outputs of its state machines, as frozen values that the engine carries out.
 
 The engine carries out the effects of one step in their order, each with a deadline, and takes no further event before
-the last one. `StartCopy`, `PrepareCopy`, `AskCheckpoint`, `MakeAgree`, `Swap`, `ReadRecord` and `ShutdownGuest` are
+the last one. `StartCopy`, `PrepareCopy`, `AskCheckpoint`, `MakeAgree`, `Swap` and `ReadRecord` are
 only begun and answer with an event later. An effect that fails ends its step: what follows is not done, and
 `understudy.session.events.Failed` says so.
 """
@@ -29,7 +29,6 @@ __all__ = [
     "ReleaseEpoch",
     "RemoveGate",
     "Report",
-    "ShutdownGuest",
     "StartCopy",
     "StartGuest",
     "StopGuest",
@@ -119,11 +118,6 @@ class StartGuest(Effect):
     """Start the guest from this host's disks, output open."""
 
     record: Record  #: won, state ``alone``, this host its owner
-
-
-@dataclass(frozen=True, slots=True)
-class ShutdownGuest(Effect):
-    """Ask the guest to shut down. Answers `GuestShutdown`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ __all__ = [
     "RecordRead",
     "Recover",
     "Start",
-    "Stop",
     "StreamCut",
     "StreamLost",
     "Unprotect",
@@ -56,11 +55,6 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class Start(Event):
     """Start the guest on this host."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stop(Event):
-    """Shut the guest down."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,6 @@ def won(to: PrimaryState) -> tuple[Branch, ...]:
 
 RUNNING: Final = {
     on.Protect: (go(S.SYNCING, begin_session, start_copy, report("syncing")),),
-    on.Stop: (stay(note_shut, perform(do.ShutdownGuest())),),
     on.GuestShutdown: (go(S.STOPPING, note_shut, swap_stopped),),
     on.GuestGone: (go(S.OFF, guest_dead, first_cause, discard, report("guest-gone")),),
     on.Failed: (
@@ -205,9 +204,7 @@ PRIMARY: Final[Table] = MappingProxyType(
                 stay(report("failed")),
             ),
             **IGNORED,
-            **ignoring(
-                on.Ended, on.GuestGone, on.GuestShutdown, on.HoldsNothing, on.NoAnswer, on.RecordRead, on.Stop
-            ),
+            **ignoring(on.Ended, on.GuestGone, on.GuestShutdown, on.HoldsNothing, on.NoAnswer, on.RecordRead),
         },
         S.STARTING: {
             on.Won: (go(S.UNPROTECTED, joined, start_guest, report("started")),),
@@ -375,9 +372,7 @@ PRIMARY: Final[Table] = MappingProxyType(
                 stay(report("failed")),
             ),
             **IGNORED,
-            **ignoring(
-                on.Ended, on.GuestGone, on.GuestShutdown, on.HoldsNothing, on.NoAnswer, on.RecordRead, on.Stop
-            ),
+            **ignoring(on.Ended, on.GuestGone, on.GuestShutdown, on.HoldsNothing, on.NoAnswer, on.RecordRead),
         },
     }
 )

@@ -50,7 +50,6 @@ _AT_ONCE: Final = (
     do.Report,
     do.StopGuest,
     do.EndReplication,
-    do.ShutdownGuest,
 )
 
 
