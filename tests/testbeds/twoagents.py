@@ -60,7 +60,7 @@ from understudy.schema import Table
 from understudy.services import Channels, Services
 
 HOST = "127.0.0.1"
-LIMITS = Limits(retry_s=0.05, prepare_s=5, peer_s=2, cut_s=2, end_s=3, promote_s=5, start_s=3, shutdown_s=3)
+LIMITS = Limits(retry_s=0.05, prepare_s=5, peer_s=2, cut_s=2, end_s=3, promote_s=5, start_s=3)
 
 
 @dataclass
