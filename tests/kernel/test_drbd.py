@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,16 @@ from tests.kernel.drbdpair import (
     drbd_pair,
 )
 from tests.testbeds.rounds import rounds
-from understudy.device import Verdict
+from understudy.device import (
+    Decline,
+    DeviceInfo,
+    Kind,
+    ProbeContext,
+    ReplicationMode,
+    Severity,
+    SweepContext,
+    Verdict,
+)
 from understudy.errors import StateError, UnderstudyError
 from understudy_drbd.dm import MapperRefused
 from understudy_drbd.subkind import DRBD
@@ -145,3 +155,76 @@ async def test_a_session_begins_on_the_right_side(pair: DrbdPair) -> None:
     turned = replace(pair, devices={PRIMARY: pair.devices[SECONDARY], SECONDARY: pair.devices[PRIMARY]})
     with pytest.raises(UnderstudyError, match="alpha is Primary here, not Secondary"):
         await DRBD.open(turned.context(SECONDARY, Straight()))
+
+
+def probe_context(pair: DrbdPair, side: ReplicationMode, path: Path | None = None) -> ProbeContext:
+    context = pair.context(side, Straight())
+    device = context.device if path is None else replace(context.device, properties={"path": str(path)})
+    return ProbeContext("contract", device, side, context.mode, None, context.services, context.directory)
+
+
+async def test_check_finds_the_pair_fit_and_its_primary_without_a_thin_volume(pair: DrbdPair) -> None:
+    assert await DRBD.probe(probe_context(pair, SECONDARY)) == []
+    answer = await DRBD.probe(probe_context(pair, PRIMARY))
+    assert not isinstance(answer, Decline)
+    [finding] = answer
+    assert finding.severity is Severity.WARNING
+    assert "below DRBD resource alpha there is no thin volume" in finding.problem
+
+
+async def test_check_says_what_is_wrong_with_the_pair(pair: DrbdPair) -> None:
+    await (await pair.control(SECONDARY)).disconnect()
+    answer = await DRBD.probe(probe_context(pair, SECONDARY))
+    assert not isinstance(answer, Decline)
+    [finding] = answer
+    assert "StandAlone Secondary/Unknown" in finding.problem
+    assert "drbdadm connect beta" in finding.remedy
+
+
+async def test_what_is_no_drbd_device_is_declined_with_what_would_help(
+    pair: DrbdPair, tmp_path: Path
+) -> None:
+    for path in (pair.lower[PRIMARY], tmp_path / "image", tmp_path):
+        probing = probe_context(pair, PRIMARY, path)
+        opening = replace(pair.context(PRIMARY, Straight()), device=probing.device)
+        for answer in (await DRBD.probe(probing), await DRBD.open(opening)):
+            assert isinstance(answer, Decline)
+            assert answer.reason.startswith(f"{path} is no DRBD device")
+            assert "a thin volume below" in answer.reason
+
+
+async def sweep(pair: DrbdPair, side: ReplicationMode, verdict: Verdict) -> Sequence[str]:
+    assert DRBD.sweep is not None
+    device = pair.context(side, Straight()).device
+    nic = DeviceInfo(Kind.NIC, "nic0", 0, "sim")
+    return await DRBD.sweep(SweepContext("contract", [nic, device], verdict))
+
+
+async def test_the_janitor_of_a_healthy_pair_does_nothing(pair: DrbdPair) -> None:
+    for side in (PRIMARY, SECONDARY):
+        for verdict in Verdict:
+            assert await sweep(pair, side, verdict) == []
+    assert (await pair.state(PRIMARY)).mirrored
+    assert (await pair.state(PRIMARY)).role == "Primary"
+
+
+async def test_the_janitor_after_a_takeover_whose_agents_both_died(pair: DrbdPair) -> None:
+    disk = Disk(pair.devices[PRIMARY], random.Random(3))
+    session = await Session.open(pair)
+    disk.write(4)
+    await session.checkpoint()
+    promoted = Disk(pair.devices[SECONDARY], random.Random(4))
+    promoted.expected = dict(disk.expected)
+    disk.write(4)
+    session.primary.sever()
+    await session.secondary.stop(failover=True)
+    promoted.write(4)
+
+    [sentence] = await sweep(pair, PRIMARY, Verdict.DISCARD)
+    assert "alpha is no longer primary and is copied from the other host as a whole" in sentence
+    [sentence] = await sweep(pair, SECONDARY, Verdict.KEEP)
+    assert "removed the checkpoints" in sentence
+    await pair.mirrored()
+    for side in (PRIMARY, SECONDARY):
+        assert await sweep(pair, side, Verdict.DISCARD if side is PRIMARY else Verdict.KEEP) == []
+        assert not differences(pair.lower[side], promoted.expected)

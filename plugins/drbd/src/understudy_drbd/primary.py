@@ -10,6 +10,7 @@ Source: Linux drivers/block/drbd/drbd_req.c; libxl's libxl_remus_disk_drbd.c for
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
@@ -35,13 +36,13 @@ class PrimaryDisk(ProtectedDevice):
     Make one with `open`.
     """
 
-    __slots__ = ("_control", "_cut_ns", "_left", "_peer")
+    __slots__ = ("_control", "_cut_ns", "_leaving", "_peer")
 
     def __init__(self, control: Control, peer: Peer) -> None:
         self._control = control
         self._peer = peer
         self._cut_ns = 0
-        self._left = False
+        self._leaving: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, context: OpenContext, control: Control) -> PrimaryDisk:
@@ -79,14 +80,32 @@ class PrimaryDisk(ProtectedDevice):
         """
         await self._control.demand_mirrored()
 
-    async def stop(self, *, failover: bool) -> None:
-        """Let DRBD go on mirroring; without the other host, leave it at once.
+    def sever(self) -> None:
+        """Begin to leave DRBD's connection.
 
-        A write that waits for a host that hangs ends then. And two DRBDs that are both primary do not meet before it
-        is decided which of them goes on: both would give the connection up for good.
+        A write that waits for a host that hangs ends then. And two DRBDs that are both primary do not meet before one
+        of them has given way: both would give the connection up for good.
+        """
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().create_task(
+                self._leave(), name=f"DRBD resource {self._control.resource.name} leaves its peer"
+            )
+
+    async def _leave(self) -> None:
+        try:
+            await self._control.disconnect()
+        except (UnderstudyError, TimeoutError) as error:
+            _log.warning("DRBD resource %s: %s", self._control.resource.name, error)
+
+    async def stop(self, *, failover: bool) -> None:
+        """Let DRBD go on mirroring; without the other host, leave it.
+
+        Raises:
+            UnderstudyError: DRBD refuses.
         """
         if failover:
-            self._left = True
+            self.sever()
+            await self._left()
             await self._control.disconnect()
 
     async def teardown(self, verdict: Verdict) -> None:
@@ -95,11 +114,18 @@ class PrimaryDisk(ProtectedDevice):
         Raises:
             UnderstudyError: DRBD refuses, for instance because the device is still open.
         """
+        left = await self._left()
         if verdict is Verdict.DISCARD:
             await rejoin(self._control)
-        elif self._left:
+        elif left:
             await self._control.connect()
-            self._left = False
+        self._leaving = None
+
+    async def _left(self) -> bool:
+        if self._leaving is None:
+            return False
+        await asyncio.wait({self._leaving})
+        return True
 
     def counters(self) -> Mapping[str, int | float]:
         """Return how long the other half took to cut."""
