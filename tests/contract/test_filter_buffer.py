@@ -31,6 +31,8 @@ from understudy.device import (
     Verdict,
 )
 from understudy.errors import HypervisorError
+from understudy.matching import in_order
+from understudy.plugins import Plugins
 from understudy.services import MONITOR, Services
 from understudy.testing.subkind_kit import CHECKS, SubkindBed, check_subkind, open_context
 from understudy_qemu import filterbuffer
@@ -266,6 +268,12 @@ async def probed(context: OpenContext) -> Sequence[Finding]:
     )
     assert not isinstance(answer, Decline)
     return answer
+
+
+def test_a_gate_that_is_wholly_in_the_kernel_is_asked_first() -> None:
+    offered = in_order(Plugins.discover().subkinds())
+    nics = [each.name for each in offered if each.kind is Kind.NIC and Mode.REMUS in each.modes]
+    assert nics.index("netbuffer") < nics.index("filter-buffer")
 
 
 def test_it_needs_a_guest_that_waits_at_the_end_of_an_epoch() -> None:

@@ -39,16 +39,15 @@ heldnic._INTERVAL_US = {TIMER_S * 10**6}
 heldnic._FRESH_MS = {FRESH_S * 1000}
 """
 
-# Prints when a frame of the guest leaves by an interface, in nanoseconds of CLOCK_MONOTONIC.
+# Prints when a frame of the guest leaves by an uplink, in nanoseconds of CLOCK_MONOTONIC.
 OBSERVER = """
-import socket, sys, time
-mac = bytes.fromhex(sys.argv[2].replace(":", ""))
+import socket, time
+macs = {bytes.fromhex("5254007700%02x" % number) for number in (2, 3)}
 sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-sock.bind((sys.argv[1], 3))
 print("up", flush=True)
 while True:
     frame, address = sock.recvfrom(64)
-    if frame[6:12] == mac and address[2] == socket.PACKET_OUTGOING:
+    if frame[6:12] in macs and address[0] in {"up0", "up1"} and address[2] == socket.PACKET_OUTGOING:
         print(time.monotonic_ns(), flush=True)
 """
 
@@ -63,8 +62,7 @@ class Observer:
 
     @classmethod
     async def begin(cls, lab: Lab, host: str) -> Observer:
-        argv = [sys.executable, "-c", OBSERVER, "up0", "52:54:00:77:00:02"]
-        process = await lab.hosts[host].exec(argv, stdout=PIPE)
+        process = await lab.hosts[host].exec([sys.executable, "-c", OBSERVER], stdout=PIPE)
         assert process.stdout is not None
         assert await process.stdout.readline() == b"up\n"
         return cls(process)
@@ -88,8 +86,9 @@ async def observed(root: Path) -> AsyncIterator[tuple[Bed, Observer]]:
     for host in ("alpha", "beta"):
         (root / host / "hurried").mkdir(parents=True)
         (root / host / "hurried" / "sitecustomize.py").write_text(HURRIED, encoding="utf-8")
-    async with make_bed(root, mode="remus", draw=16, period_ms=PERIOD_MS) as bed:
+    async with make_bed(root, mode="remus", draw=16, period_ms=PERIOD_MS, nics=2) as bed:
         await bed.protect()
+        assert len([entry for entry in await listed(bed) if "table" in entry]) == 2, "one for each interface"
         observer = await Observer.begin(bed.pair.lab, "alpha")
         try:
             await bed.goes_on(replies=2)
