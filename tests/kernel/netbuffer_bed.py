@@ -202,10 +202,14 @@ async def opened(
     options: NetbufferOptions | None = None,
     services: Services | None = None,
     start: bool = True,
+    session: str = "",
+    name: str = "",
 ) -> BufferedNic:
     """Return a gate of a guest, closed unless told otherwise."""
-    session = f"session-{next(_sessions)}"
-    nic = await BufferedNic.open(context(guest, options=options, services=services, session=session))
+    session = session or f"session-{next(_sessions)}"
+    nic = await BufferedNic.open(
+        context(guest, options=options, services=services, session=session, name=name)
+    )
     if start:
         await nic.start(ReplicationMode.PRIMARY)
     return nic

@@ -169,9 +169,9 @@ class Gate:
         """Let out what was sent up to the barrier of `epoch`, or of an epoch before it: it is acknowledged.
 
         Guarantees:
-            Nothing of a later epoch leaves. After a loss of the gate, which has been noticed before, nothing does.
+            Nothing of a later epoch leaves. After a loss of the gate, which is looked for in the moment before, nothing
+            does.
         """
-        self._wire.drain()
         if self._mending is not None:
             await self._whole()
         if self.failure is not None:
@@ -181,7 +181,10 @@ class Gate:
         stats = self._parted_stats()
         if stats.sent_bytes != self._may_leave_bytes and not await self._empty():
             return
-        await self._tell(self._one, partial(self._released, stats))
+        await self._tell(self._one, partial(self._released, stats), unless=self._spoiled)
+
+    def _spoiled(self) -> bool:
+        return not self._barrier or not self.stands
 
     async def look(self) -> Stats:
         """Ask for the counters."""
@@ -189,10 +192,12 @@ class Gate:
         await self._wire.ask(self._read, lambda answer: seen.append(self._seen(answer)))
         return seen[0]
 
-    async def _tell(self, message: bytearray, took: Callable[[bytes], None]) -> None:
+    async def _tell(
+        self, message: bytearray, took: Callable[[bytes], None], unless: Callable[[], bool] | None = None
+    ) -> None:
         # What was put there is not there any more, or is something else: that is a loss as any other.
         try:
-            await self._wire.ask(message, took)
+            await self._wire.ask(message, took, unless=unless)
         except KernelRefused as refused:
             self._wire.drain()
             self._lose(f"the kernel refuses: {refused.strerror}")

@@ -20,10 +20,11 @@ import socket
 import struct
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from understudy.errors import HypervisorError
+from understudy_netbuffer.mailbox import Mailbox
 from understudy_netbuffer.rtnetlink import (
     NLMSG_ERROR,
     RTM_DELACTION,
@@ -48,7 +49,6 @@ _SO_ATTACH_FILTER: Final = 26
 _SO_RCVBUFFORCE: Final = 33
 
 _QUEUE_BYTES: Final = 1 << 20
-_DATAGRAM_BYTES: Final = 1 << 16
 _MOST_FILTERED: Final = 100  # jumps of classic BPF reach 255 instructions
 
 
@@ -64,6 +64,13 @@ class Listener(Protocol):
 
     def deaf(self) -> None:
         """Take note that changes may have been missed: the kernel had more to say than the queue holds."""
+
+
+class _Asked(NamedTuple):
+    message: bytearray
+    took: Callable[[bytes], None]
+    unless: Callable[[], bool] | None
+    future: asyncio.Future[None]
 
 
 class Wire:
@@ -91,9 +98,13 @@ class Wire:
         except OSError:
             self._socket.close()
             raise
+        self._mailbox = Mailbox(self._socket)
+        # Asked for once: until Python 3.12 that is a system call each time.
+        self._loop = asyncio.get_running_loop()
         self._listeners: list[Listener] = []
-        self._batch: list[tuple[bytearray, Callable[[bytes], None], asyncio.Future[None]]] = []
-        self._asked: dict[int, tuple[Callable[[bytes], None], asyncio.Future[None]]] = {}
+        self._batch: list[_Asked] = []
+        self._looks_first = False  # something in the batch depends on what others have changed
+        self._asked: dict[int, _Asked] = {}
         self._sequence = 0
 
     # --- Who listens -------------------------------------------------------------------------------------------------
@@ -103,7 +114,7 @@ class Wire:
         if listener not in self._listeners:
             self._listeners.append(listener)
             if len(self._listeners) == 1:
-                asyncio.get_running_loop().add_reader(self._socket, self.drain)
+                self._loop.add_reader(self._socket, self.drain)
         self._filter()
 
     def leave(self, listener: Listener) -> None:
@@ -112,7 +123,7 @@ class Wire:
             self._listeners.remove(listener)
             self._filter()
         if not self._listeners and self._socket.fileno() >= 0:
-            asyncio.get_running_loop().remove_reader(self._socket)
+            self._loop.remove_reader(self._socket)
             self._socket.close()
 
     @property
@@ -122,12 +133,20 @@ class Wire:
 
     # --- Asking ------------------------------------------------------------------------------------------------------
 
-    async def ask(self, message: bytearray, took: Callable[[bytes], None]) -> None:
+    async def ask(
+        self,
+        message: bytearray,
+        took: Callable[[bytes], None],
+        *,
+        unless: Callable[[], bool] | None = None,
+    ) -> None:
         """Have the kernel make a change, together with those of the guest's other gates.
 
         Args:
             message: Of `understudy_netbuffer.rtnetlink`; its sequence number is written here.
             took: Called with the kernel's answer at the very moment when it is known, whatever becomes of the caller.
+            unless: Asked in the moment before the message is sent, when everything that others have changed until then
+                has been heard; if it is true, nothing is sent.
 
         Raises:
             understudy_netbuffer.rtnetlink.KernelRefused: The kernel refused; nothing was changed.
@@ -136,15 +155,15 @@ class Wire:
         Guarantees:
             A caller that is cancelled before the message was sent has changed nothing.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._batch.append((message, took, future))
+        asked = _Asked(message, took, unless, self._loop.create_future())
+        self._batch.append(asked)
+        self._looks_first |= unless is not None
         if len(self._batch) >= len(self._listeners):
             self._send()
         elif len(self._batch) == 1:
             # Who takes part in this phase has been started already: after this turn of the loop the batch is whole.
-            loop.call_soon(self._send)
-        await future
+            self._loop.call_soon(self._send)
+        await asked.future
 
     def tell(self, message: bytearray) -> None:
         """Have the kernel make a change at once and without an answer, also while the socket is read."""
@@ -157,55 +176,51 @@ class Wire:
         """Take in everything that the kernel has said; whom it concerns has heard it when this returns."""
         while not self.closed:
             try:
-                datagram = self._socket.recv(_DATAGRAM_BYTES)
-            except BlockingIOError:
-                return
+                count = self._mailbox.collect()
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self._deaf()
                 continue
-            self._read(datagram)
+            for datagram in self._mailbox.datagrams(count):
+                if datagram is None:
+                    self._deaf()
+                else:
+                    self._read(datagram)
+            if not self._mailbox.full(count):
+                return
 
     def _send(self) -> None:
-        batch, self._batch = self._batch, []
+        if self._looks_first:
+            self.drain()
+        batch, self._batch, self._looks_first = self._batch, [], False
         sent = []
-        for message, took, future in batch:
-            if not future.done():  # cancelled before it was sent
-                self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-                number(message, self._sequence)
-                self._asked[self._sequence] = took, future
-                sent.append(message)
+        for asked in batch:
+            if asked.future.done():
+                continue  # cancelled before it was sent
+            if asked.unless is not None and asked.unless():
+                asked.future.set_result(None)
+                continue
+            self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+            number(asked.message, self._sequence)
+            self._asked[self._sequence] = asked
+            sent.append(asked.message)
         if not sent:
             return
         try:
             self._socket.send(sent[0] if len(sent) == 1 else b"".join(sent))
-            self._answered()
+            self.drain()  # everything has been carried out: the answers are there
         except OSError as error:
             self._give_up(f"the kernel cannot be asked: {error.strerror}")
         else:
             if self._asked:
                 self._give_up("the kernel gave no answer")
 
-    def _answered(self) -> None:
-        # Everything has been carried out: the answers are there. Not more is read than that, which spares a call.
-        while self._asked:
-            try:
-                datagram = self._socket.recv(_DATAGRAM_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self._deaf()
-                continue
-            self._read(datagram)
-
     def _give_up(self, problem: str) -> None:
         asked, self._asked = self._asked, {}
-        for _, future in asked.values():
-            if not future.done():
-                future.set_exception(HypervisorError(problem))
+        for each in asked.values():
+            if not each.future.done():
+                each.future.set_exception(HypervisorError(problem))
 
     # --- Hearing -----------------------------------------------------------------------------------------------------
 
@@ -224,15 +239,14 @@ class Wire:
         asked = self._asked.pop(sequence, None)
         if asked is None:
             return
-        took, future = asked
         refused = refusal_of(message) if kind == NLMSG_ERROR else None
         if refused is None:
-            took(message)
-        if not future.done():
+            asked.took(message)
+        if not asked.future.done():
             if refused is None:
-                future.set_result(None)
+                asked.future.set_result(None)
             else:
-                future.set_exception(refused)
+                asked.future.set_exception(refused)
 
     def _deaf(self) -> None:
         for listener in tuple(self._listeners):
