@@ -35,7 +35,7 @@ def missing_for_namespaces() -> list[str]:
 
 def missing_for_qemu() -> list[str]:
     """Return what the tests with real QEMU processes lack here."""
-    programs = ("qemu-system-x86_64", "qemu-img", "gcc")
+    programs = ("qemu-system-x86_64", "qemu-img", "gcc", "nft")
     missing = [f"the program {name}" for name in programs if shutil.which(name) is None]
     if not Path("/bin/busybox").exists():
         missing.append("/bin/busybox (busybox-static)")
