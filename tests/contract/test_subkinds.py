@@ -27,6 +27,7 @@ ELSEWHERE = {
     "block-replication": "tests/qemu/test_domains.py",
     "colo-proxy": "tests/qemu/test_colo_proxy.py",
     "netbuffer": "tests/kernel/test_netbuffer_contract.py",
+    "drbd": "tests/kernel/test_drbd_contract.py",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from tests.kernel.thinpool import Pool, loop_device, run, thin_pool
 from understudy.device import DeviceInfo, Kind, OpenContext, Peer, ProtectedDevice, ReplicationMode
 from understudy.testing.subkind_kit import open_context
 from understudy_drbd.control import Control
-from understudy_drbd.status import State
+from understudy_drbd.status import PROC, UNCONFIGURED, State, read_proc
 from understudy_drbd.subkind import DRBD
 
 BLOCK_BYTES = 4096
@@ -109,8 +110,15 @@ def drbd_pair(directory: Path, *, net: str = "") -> Iterator[DrbdPair]:
 
 
 def down() -> None:
-    for name in ("alpha", "beta"):
-        run("drbdadm", "down", name, check=False)
+    # A tool whose caller was cancelled may still be at a device.
+    until = time.monotonic() + 20
+    for minor, name in enumerate(("alpha", "beta")):
+        while True:
+            said = run("drbdadm", "down", name, check=False)
+            if read_proc(PROC.read_text(), minor) == UNCONFIGURED:
+                break
+            assert time.monotonic() < until, f"drbdadm down {name}: {said}\n{PROC.read_text()}"
+            time.sleep(0.1)
 
 
 class Straight:

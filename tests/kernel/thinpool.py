@@ -18,7 +18,7 @@ MIB_SECTORS = 2048
 def run(*argv: object, check: bool = True) -> str:
     done = subprocess.run([str(each) for each in argv], check=False, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
-    return done.stdout.strip()
+    return (done.stdout if check else done.stdout + done.stderr).strip()
 
 
 @contextmanager
