@@ -89,6 +89,9 @@ class Gate:
         self._touched = False  # by somebody else, since it was made anew
         self._mending: asyncio.Task[None] | None = None
         self._ending = False
+        self._parting = False  # a barrier was put whose answer nobody has looked at
+        self._draining = False  # what was released before is still on its way out
+        self._emptied = False  # it was, and has left since
         self._stand(installed)
 
     @classmethod
@@ -160,10 +163,11 @@ class Gate:
         """
         if self._mending is not None:
             await self._whole()
+        if self._parting:
+            self._wire.drain()  # nobody has looked whether the last one was put
         if not self._barrier:
-            await self._tell(self._buffer, partial(self._parted, epoch))
-        if self._mending is not None:
-            await self._whole()
+            self._parting = True
+            await self._wire.ask(self._buffer, partial(self._parted, epoch), refused=self._refused)
 
     async def release(self, epoch: int) -> None:
         """Let out what was sent up to the barrier of `epoch`, or of an epoch before it: it is acknowledged.
@@ -176,31 +180,31 @@ class Gate:
             await self._whole()
         if self.failure is not None:
             raise self.failure
-        if not 0 < self._barrier <= epoch:
-            return
-        stats = self._parted_stats()
-        if stats.sent_bytes != self._may_leave_bytes and not await self._empty():
-            return
-        await self._tell(self._one, partial(self._released, stats), unless=self._spoiled)
+        await self._release(epoch)
+        if self._draining and await self._empty():
+            await self._release(epoch)
 
-    def _spoiled(self) -> bool:
-        return not self._barrier or not self.stands
+    async def _release(self, epoch: int) -> None:
+        try:
+            await self._wire.ask(self._one, self._released, unless=partial(self._holds_back, epoch))
+        except KernelRefused as refused:
+            self._wire.drain()
+            self._refused(refused)
+
+    def _holds_back(self, epoch: int) -> bool:
+        # In the moment before the release: everything that the kernel had to say until now has been heard.
+        self._draining = False
+        if not 0 < self._barrier <= epoch:
+            return True
+        stats = self._parted_stats()
+        self._draining = stats.sent_bytes != self._may_leave_bytes and not self._emptied
+        return self._draining or not self.stands
 
     async def look(self) -> Stats:
         """Ask for the counters."""
         seen: list[Stats] = []
         await self._wire.ask(self._read, lambda answer: seen.append(self._seen(answer)))
         return seen[0]
-
-    async def _tell(
-        self, message: bytearray, took: Callable[[bytes], None], unless: Callable[[], bool] | None = None
-    ) -> None:
-        # What was put there is not there any more, or is something else: that is a loss as any other.
-        try:
-            await self._wire.ask(message, took, unless=unless)
-        except KernelRefused as refused:
-            self._wire.drain()
-            self._lose(f"the kernel refuses: {refused.strerror}")
 
     def check(self) -> None:
         """Raise why this is no gate any more, if it is none."""
@@ -237,6 +241,7 @@ class Gate:
         self._all = change_message(*where, Action.RELEASE_INDEFINITE)
         self._read = read_message(*where)
         self._barrier = 0  # the epoch that ends at the outstanding barrier, 0 without one
+        self._parting = self._draining = self._emptied = False
         self._barrier_answer = b""
         self._barrier_stats: Stats | None = None
         self._may_leave_bytes = 0  # of all that has ever entered this plug: what was let out
@@ -245,9 +250,17 @@ class Gate:
 
     def _parted(self, epoch: int, answer: bytes) -> None:
         # Decoded when the guest runs again.
+        self._parting = self._emptied = False
+        if self._lost:
+            return  # it was put into a plug that is being replaced
         self._barrier = epoch
         self._barrier_stats = None
         self._barrier_answer = answer
+
+    def _refused(self, error: Exception) -> None:
+        # What was put there is not there any more, or is something else: that is a loss as any other.
+        self._parting = False
+        self._lose(f"cannot be told anything: {error}")
 
     def _parted_stats(self) -> Stats:
         stats = self._barrier_stats
@@ -261,7 +274,8 @@ class Gate:
             )
         return stats
 
-    def _released(self, at_barrier: Stats, _: bytes) -> None:
+    def _released(self, _: bytes) -> None:
+        at_barrier = self._parted_stats()
         self._barrier = 0
         self._may_leave_bytes, self._may_leave_packets = at_barrier.entered_bytes, at_barrier.entered_packets
 
@@ -283,7 +297,8 @@ class Gate:
                 self.fail(f"{self.installed.ifb} does not let out what was released")
                 return False
             await asyncio.sleep(_POLL_S)
-        return self.failure is None
+        self._emptied = self.failure is None
+        return self._emptied
 
     # --- What others change ------------------------------------------------------------------------------------------
 

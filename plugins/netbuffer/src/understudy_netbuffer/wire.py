@@ -70,6 +70,7 @@ class _Asked(NamedTuple):
     message: bytearray
     took: Callable[[bytes], None]
     unless: Callable[[], bool] | None
+    refused: Callable[[Exception], None] | None
     future: asyncio.Future[None]
 
 
@@ -139,6 +140,7 @@ class Wire:
         took: Callable[[bytes], None],
         *,
         unless: Callable[[], bool] | None = None,
+        refused: Callable[[Exception], None] | None = None,
     ) -> None:
         """Have the kernel make a change, together with those of the guest's other gates.
 
@@ -147,6 +149,8 @@ class Wire:
             took: Called with the kernel's answer at the very moment when it is known, whatever becomes of the caller.
             unless: Asked in the moment before the message is sent, when everything that others have changed until then
                 has been heard; if it is true, nothing is sent.
+            refused: If given, nobody waits for the answer: this returns when the kernel has carried the message out or
+                refused it, and the next `drain` calls `took`, or this with what is raised otherwise.
 
         Raises:
             understudy_netbuffer.rtnetlink.KernelRefused: The kernel refused; nothing was changed.
@@ -155,7 +159,7 @@ class Wire:
         Guarantees:
             A caller that is cancelled before the message was sent has changed nothing.
         """
-        asked = _Asked(message, took, unless, self._loop.create_future())
+        asked = _Asked(message, took, unless, refused, self._loop.create_future())
         self._batch.append(asked)
         self._looks_first |= unless is not None
         if len(self._batch) >= len(self._listeners):
@@ -193,6 +197,7 @@ class Wire:
     def _send(self) -> None:
         if self._looks_first:
             self.drain()
+            self._give_up("the kernel gave no answer")
         batch, self._batch, self._looks_first = self._batch, [], False
         sent = []
         for asked in batch:
@@ -204,23 +209,30 @@ class Wire:
             self._sequence = (self._sequence + 1) & 0xFFFFFFFF
             number(asked.message, self._sequence)
             self._asked[self._sequence] = asked
-            sent.append(asked.message)
+            sent.append(asked)
         if not sent:
             return
         try:
-            self._socket.send(sent[0] if len(sent) == 1 else b"".join(sent))
-            self.drain()  # everything has been carried out: the answers are there
+            self._socket.send(sent[0].message if len(sent) == 1 else b"".join(each.message for each in sent))
         except OSError as error:
             self._give_up(f"the kernel cannot be asked: {error.strerror}")
-        else:
-            if self._asked:
-                self._give_up("the kernel gave no answer")
+            return
+        waited_for = False
+        for asked in sent:
+            if asked.refused is None:
+                waited_for = True
+            else:
+                asked.future.set_result(None)
+        if waited_for:
+            self.drain()  # everything has been carried out: the answers are there
+            self._give_up("the kernel gave no answer")
 
     def _give_up(self, problem: str) -> None:
-        asked, self._asked = self._asked, {}
-        for each in asked.values():
-            if not each.future.done():
-                each.future.set_exception(HypervisorError(problem))
+        # What has not been answered by now never will be.
+        if self._asked:
+            left, self._asked = self._asked, {}
+            for asked in left.values():
+                _fail(asked, HypervisorError(problem))
 
     # --- Hearing -----------------------------------------------------------------------------------------------------
 
@@ -240,13 +252,12 @@ class Wire:
         if asked is None:
             return
         refused = refusal_of(message) if kind == NLMSG_ERROR else None
-        if refused is None:
-            asked.took(message)
+        if refused is not None:
+            _fail(asked, refused)
+            return
+        asked.took(message)
         if not asked.future.done():
-            if refused is None:
-                asked.future.set_result(None)
-            else:
-                asked.future.set_exception(refused)
+            asked.future.set_result(None)
 
     def _deaf(self) -> None:
         for listener in tuple(self._listeners):
@@ -276,6 +287,13 @@ class Wire:
         self._socket.setsockopt(
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(code))
         )
+
+
+def _fail(asked: _Asked, error: Exception) -> None:
+    if asked.refused is not None:
+        asked.refused(error)
+    if not asked.future.done():
+        asked.future.set_exception(error)
 
 
 # One wire for all gates of a guest's session; it lives as long as one of them does.
