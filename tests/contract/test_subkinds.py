@@ -28,6 +28,7 @@ ELSEWHERE = {
     "colo-proxy": "tests/qemu/test_colo_proxy.py",
     "netbuffer": "tests/kernel/test_netbuffer_contract.py",
     "drbd": "tests/kernel/test_drbd_contract.py",
+    "drbd-checkpoint": "tests/kernel/test_drbd_checkpoints.py",
 }
 
 

@@ -31,7 +31,9 @@ from understudy.device import (
     Verdict,
 )
 from understudy.errors import StateError, UnderstudyError
+from understudy_drbd.checkpoints import CheckpointRefused, Checkpoints
 from understudy_drbd.dm import MapperRefused
+from understudy_drbd.fork import DRBD_CHECKPOINT
 from understudy_drbd.subkind import DRBD
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
@@ -191,6 +193,21 @@ async def test_what_is_no_drbd_device_is_declined_with_what_would_help(
             assert isinstance(answer, Decline)
             assert answer.reason.startswith(f"{path} is no DRBD device")
             assert "a thin volume below" in answer.reason
+
+
+async def test_stock_drbd_has_no_checkpoints_of_its_own(pair: DrbdPair) -> None:
+    for answer in (
+        await DRBD_CHECKPOINT.probe(probe_context(pair, PRIMARY)),
+        await DRBD_CHECKPOINT.open(pair.context(PRIMARY, Straight())),
+    ):
+        assert isinstance(answer, Decline)
+        assert answer.reason == "DRBD resource alpha does not use the Remus fork's protocol D"
+    checkpoints = Checkpoints(pair.devices[PRIMARY])
+    try:
+        with pytest.raises(CheckpointRefused, match="this DRBD has no checkpoints"):
+            await checkpoints.send(timeout_s=10)
+    finally:
+        checkpoints.close()
 
 
 async def sweep(pair: DrbdPair, side: ReplicationMode, verdict: Verdict) -> Sequence[str]:

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.kernel.standin import StandIn
+from understudy.device import (
+    Decline,
+    DeviceInfo,
+    Finding,
+    Kind,
+    OpenContext,
+    Peer,
+    ProbeContext,
+    ProtectedDevice,
+    ReplicationMode,
+    Verdict,
+)
 from understudy.errors import UnderstudyError
+from understudy.testing.subkind_kit import CHECKS, SubkindBed, check_subkind, open_context
 from understudy_drbd.checkpoints import CheckpointRefused, Checkpoints
 from understudy_drbd.control import threads
+from understudy_drbd.fork import DRBD_CHECKPOINT, ForkPrimary, answering
+from understudy_drbd.status import State
 
 pytestmark = pytest.mark.kernel
 
@@ -113,3 +130,95 @@ async def test_another_device_has_no_checkpoints() -> None:
         assert caught.value.errno == errno.ENOTTY
     finally:
         other.close()
+
+
+UP = State("Connected", "Primary", "Secondary", "UpToDate", "UpToDate", "D")
+
+
+async def mirrored() -> State:
+    return UP
+
+
+async def test_a_checkpoint_waits_before_the_guest_runs_on(device: StandIn) -> None:
+    disk = await answering(Checkpoints(device.path), mirrored)
+    assert isinstance(disk, ForkPrimary)
+    device.renew()
+    await disk.postsuspend(1)
+    assert device.calls == [20]
+    with pytest.raises(CheckpointRefused, match="WAIT_CHECKPOINT_ACK"):
+        await disk.error()  # nothing has been acknowledged yet
+    await disk.preresume(1)
+    assert device.calls == [20, 30]
+    await disk.error()
+    await disk.postsuspend(2)  # the guest wrote nothing
+    await disk.preresume(2)
+    assert device.calls == [20, 30, 20]
+    await disk.error()
+    assert disk.counters() == {"empty_epoch_count": 1}
+    await disk.teardown(Verdict.KEEP)
+
+
+async def test_an_epoch_that_did_not_arrive_is_never_acknowledged(device: StandIn) -> None:
+    disk = await answering(Checkpoints(device.path), mirrored)
+    assert isinstance(disk, ForkPrimary)
+    device.renew()
+    await disk.postsuspend(1)
+    device.connected = False
+    with pytest.raises(CheckpointRefused, match="not connected"):
+        await disk.preresume(1)
+    with pytest.raises(CheckpointRefused, match="not connected"):
+        await disk.error()
+    await disk.teardown(Verdict.DISCARD)
+
+
+async def test_only_a_device_that_answers_is_taken(device: StandIn) -> None:
+    other = Checkpoints(Path("/dev/null"))
+    answer = await answering(other, mirrored)
+    assert isinstance(answer, Decline)
+    assert "this DRBD has no checkpoints" in answer.reason
+    device.connected = False
+    broken = Checkpoints(device.path)
+    with pytest.raises(CheckpointRefused, match="not connected"):
+        await answering(broken, mirrored)
+    for each in (other, broken):
+        with pytest.raises(CheckpointRefused, match="EBADF"):
+            await each.send(timeout_s=10)
+
+
+class Bed(SubkindBed):
+    """The primary's half on the stand-in; the secondary's has nothing to do but at a takeover."""
+
+    def __init__(self, device: StandIn) -> None:
+        self.device = device
+        self.subkind = replace(DRBD_CHECKPOINT, open=self.open, probe=self.probe)
+
+    async def open(self, context: OpenContext) -> ProtectedDevice | Decline:
+        if context.side is ReplicationMode.SECONDARY:
+            return ProtectedDevice()
+        return await answering(Checkpoints(self.device.path), self.demand)
+
+    async def probe(self, context: ProbeContext) -> Sequence[Finding]:
+        return ()
+
+    async def demand(self) -> State:
+        if not self.device.connected:
+            raise UnderstudyError("not connected")
+        return UP
+
+    def context(self, side: ReplicationMode, peer: Peer) -> OpenContext:
+        return open_context(DeviceInfo(Kind.DISK, "disk0", 0, "sim"), side, peer)
+
+
+async def disconnect(bed: SubkindBed) -> None:
+    assert isinstance(bed, Bed)
+    bed.device.connected = False
+
+
+async def test_the_contract(made: StandIn) -> None:
+    @asynccontextmanager
+    async def make() -> AsyncIterator[SubkindBed]:
+        made.renew()
+        yield Bed(made)
+
+    ran = await check_subkind(make, broken=disconnect)
+    assert set(CHECKS) - set(ran) == {"output-commit"}

@@ -8,7 +8,7 @@ import pytest
 
 from understudy.device import ReplicationMode, Severity
 from understudy.errors import UnderstudyError
-from understudy_drbd.findings import of_configuration, of_pool, of_state, of_volume
+from understudy_drbd.findings import of_configuration, of_pool, of_state, of_version, of_volume
 from understudy_drbd.resource import Resource, resource_of
 from understudy_drbd.status import UNCONFIGURED, State
 from understudy_drbd.thin import NotThin, PoolState, read_pool_status
@@ -166,6 +166,13 @@ def test_a_mirror_that_is_not_whole_is_an_error_with_a_way_out(state: State, rem
     assert remedy in found.remedy
 
 
+def test_a_drbd_that_has_not_been_tried_is_a_warning() -> None:
+    assert not list(of_version("disk0", (8, 4, 11)))
+    [found] = of_version("disk0", (9, 1, 4))
+    assert found.severity is Severity.WARNING
+    assert "DRBD 9.1.4" in found.problem
+
+
 def test_the_roles_are_the_sides() -> None:
     assert not list(of_state("disk0", resource(), UP, ReplicationMode.PRIMARY))
     [found] = of_state("disk0", resource(), UP, ReplicationMode.SECONDARY)
@@ -208,3 +215,37 @@ def test_a_pool_that_talks_nonsense() -> None:
     with pytest.raises(UnderstudyError, match="makes no sense"):
         read_pool_status("what")
     assert PoolState(1, 4, 3, 4, writable=True, trouble="").fill_ratio == 0.75
+
+
+# As printed by drbdadm of DRBD 8.3.
+XML_8_3 = """\
+<config file="/etc/drbd.conf">
+    <common>
+        <section name="syncer">
+            <option name="rate" value="10M"/>
+        </section>
+    </common>
+    <resource name="r0" protocol="D">
+        <host name="alpha">
+            <device minor="2">/dev/drbd2</device>
+            <disk>/dev/sda9</disk>
+            <address family="ipv4" port="7001">192.0.2.1</address>
+            <meta-disk>internal</meta-disk>
+        </host>
+        <host name="beta">
+            <device minor="2">/dev/drbd2</device>
+            <disk>/dev/sda9</disk>
+            <address family="ipv4" port="7002">192.0.2.2</address>
+            <meta-disk>internal</meta-disk>
+        </host>
+    </resource>
+</config>
+"""
+
+
+def test_the_configuration_of_version_8_3() -> None:
+    found = resource_of(XML_8_3, "alpha", 2)
+    assert found is not None
+    assert (found.name, found.disk, found.volumes, found.peers) == ("r0", Path("/dev/sda9"), 1, 1)
+    assert found.option("net", "protocol") == "D"
+    assert resource_of(XML_8_3, "alpha", 3) is None

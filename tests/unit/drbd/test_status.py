@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from understudy.errors import UnderstudyError
-from understudy_drbd.status import UNCONFIGURED, State, read_json, read_proc, version
+from understudy_drbd.status import UNCONFIGURED, State, read_json, read_proc, version_of
 
 # As printed by DRBD 8.4.11 (Linux 6.1).
 PROC = """\
@@ -80,11 +80,11 @@ def test_what_is_no_mirror(connection: str, disks: str) -> None:
     assert not read_proc(line, 0).mirrored
 
 
-def test_the_version() -> None:
-    assert version(PROC) == (8, 4, 11)
-    assert version("version: 9.1.4 (api:2/proto:110-121)\n") == (9, 1, 4)
+def test_the_version_of() -> None:
+    assert version_of(PROC) == (8, 4, 11)
+    assert version_of("version: 9.1.4 (api:2/proto:110-121)\n") == (9, 1, 4)
     with pytest.raises(UnderstudyError, match="tells no version"):
-        version("")
+        version_of("")
 
 
 def test_a_mirror_in_version_9() -> None:

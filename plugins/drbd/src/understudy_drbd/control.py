@@ -16,21 +16,26 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from understudy.device import DeviceInfo
 from understudy.errors import UnderstudyError
 from understudy.threads import TimedThreads
 from understudy_drbd.resource import Resource, resource_of
-from understudy_drbd.status import PROC, State, read_json, read_proc, version
+from understudy_drbd.status import PROC, State, read_json, read_proc, version_of
 
-__all__ = ["MAJOR", "Control", "ToolFailed", "minor_of", "run_tool", "threads"]
+__all__ = ["DISK_KEYS", "MAJOR", "Control", "ToolFailed", "disk_path", "minor_of", "run_tool", "threads"]
 
 _log = logging.getLogger(__name__)
+
+#: Under which of these properties a hypervisor tells what a disk is on the host.
+DISK_KEYS: Final = ("path", "pdev_path")
 
 MAJOR: Final = 147  #: device number of DRBD's block devices; Linux Documentation/admin-guide/devices.txt
 
 _TOOL_S: Final = 20.0
 _LOOK_S: Final = 2.0
 _POLL_S: Final = 0.02
-_EIGHT: Final = 8
+_NINE: Final = (9,)
+_FORCE_IS_AN_OPTION: Final = (8, 4)  # of drbdadm's; before, it was drbdsetup's, and passed on
 _ALONE: Final = frozenset({"StandAlone", "Unconfigured"})
 
 #: Where everything of this plugin that may block in the kernel is run.
@@ -84,6 +89,12 @@ def run_tool(*argv: str, timeout_s: float = _TOOL_S) -> str:
     return printed.decode(errors="replace")
 
 
+def disk_path(device: DeviceInfo) -> Path | None:
+    """Return what a guest's disk is on the host, ``None`` if the hypervisor does not tell."""
+    found = next((device.properties[key] for key in DISK_KEYS if device.properties.get(key)), None)
+    return None if found is None else Path(str(found))
+
+
 def minor_of(path: Path) -> int | None:
     """Return the minor number of the DRBD device at `path`, ``None`` if it is none. Blocks."""
     try:
@@ -98,14 +109,14 @@ class Control:
 
     Args:
         resource: Which.
-        major_version: Of the DRBD that is loaded, 8 or 9.
+        version: Of the DRBD that is loaded, e.g. ``(8, 4, 11)``.
 
     Make one with `find`.
     """
 
-    def __init__(self, resource: Resource, major_version: int) -> None:
+    def __init__(self, resource: Resource, version: tuple[int, ...]) -> None:
         self.resource = resource
-        self.major_version = major_version
+        self.version = version
         # A tool whose caller was cancelled goes on in its thread; what undoes its work must come after it.
         self._lock = threading.Lock()
 
@@ -127,7 +138,7 @@ class Control:
         resource = resource_of(await _in_thread("drbdadm", "dump-xml"), host, minor)
         if resource is None:
             raise UnderstudyError(f"DRBD's configuration has no resource with {path} on host {host}")
-        return cls(resource, version(proc)[0])
+        return cls(resource, version_of(proc))
 
     async def state(self) -> State:
         """Return the resource's state at this moment.
@@ -136,7 +147,7 @@ class Control:
             UnderstudyError: It cannot be told.
             TimeoutError: DRBD does not answer.
         """
-        if self.major_version == _EIGHT:
+        if self.version < _NINE:
             return read_proc(await threads.run(_read, PROC, timeout_s=_LOOK_S), self.resource.minor)
         printed = await _in_thread("drbdsetup", "status", self.resource.name, "--json", timeout_s=_LOOK_S)
         return read_json(printed, self.resource.minor)
@@ -192,7 +203,10 @@ class Control:
         if (await self.state()).connection in _ALONE:
             return
         try:
-            await self._drbdadm("disconnect", "--force")
+            if self.version >= _FORCE_IS_AN_OPTION:
+                await self._drbdadm("disconnect", "--force")
+            else:
+                await self._drbdadm("--", "--force", "disconnect")
         except ToolFailed:
             # DRBD may have given it up by itself at this moment, for instance over a split brain.
             if (await self.state()).connection not in _ALONE:

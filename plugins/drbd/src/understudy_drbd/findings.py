@@ -16,8 +16,9 @@ from understudy_drbd.resource import Resource
 from understudy_drbd.status import State
 from understudy_drbd.thin import NotThin, PoolState, ThinVolume
 
-__all__ = ["of_configuration", "of_pool", "of_state", "of_volume"]
+__all__ = ["of_configuration", "of_pool", "of_state", "of_version", "of_volume"]
 
+_TRIED: Final = (8, 4)
 _FULL_RATIO: Final = 0.8
 _ENDINGS: Final = ("reboot", "halt", "poweroff", "shutdown", "sysrq")
 _ONLY: Final = {"after-sb-0pri": "disconnect", "after-sb-1pri": "disconnect", "after-sb-2pri": "disconnect"}
@@ -85,6 +86,19 @@ def _handlers(subject: str, resource: Resource) -> Iterator[Finding]:
             )
             remedy = "replace it by one that only tells, such as notify.sh."
             yield Finding(Severity.WARNING, subject, problem, remedy)
+
+
+def of_version(subject: str, version: tuple[int, ...]) -> Iterator[Finding]:
+    """Say whether this DRBD has been tried.
+
+    Args:
+        subject: As in `of_configuration`.
+        version: Of the DRBD that is loaded.
+    """
+    if version[:2] != _TRIED:
+        told, tried = ".".join(map(str, version)), ".".join(map(str, _TRIED))
+        problem = f"DRBD {told} is spoken to as its manuals say; what has been tried is DRBD {tried}."
+        yield Finding(Severity.WARNING, subject, problem, "rehearse a failover and the way back first.")
 
 
 def of_state(subject: str, resource: Resource, state: State, side: ReplicationMode) -> Iterator[Finding]:

@@ -12,7 +12,8 @@ __all__ = ["understudy_subkinds"]
 
 @hookimpl
 def understudy_subkinds() -> Iterable[Subkind]:
-    """Offer ``drbd``."""
-    from understudy_drbd.subkind import DRBD  # noqa: PLC0415 - only where guests are protected
+    """Offer ``drbd``, and ``drbd-checkpoint`` for the Remus fork."""
+    from understudy_drbd.fork import DRBD_CHECKPOINT  # noqa: PLC0415 - only where guests are protected
+    from understudy_drbd.subkind import DRBD  # noqa: PLC0415 - as above
 
-    return (DRBD,)
+    return (DRBD_CHECKPOINT, DRBD)

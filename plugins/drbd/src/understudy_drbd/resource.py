@@ -1,7 +1,7 @@
 """What DRBD's configuration says of a device: its resource, the disk below, and options that matter to us.
 
-Read from ``drbdadm dump-xml``, whose form is the same for DRBD 8.4 and 9; it tells what the files say, and the
-sections of the parts from the general to the special (``common``, resource, connection, volume).
+Read from ``drbdadm dump-xml``, whose form is the same for DRBD 8.4 and 9, and nearly the same for 8.3; it tells what
+the files say, and the sections of the parts from the general to the special (``common``, resource, connection, volume).
 
 Source: drbd-utils user/v84/drbdadm_main.c and user/v9/drbdadm_dump.c (adm_dump_xml); drbd.conf(5).
 """
@@ -81,7 +81,7 @@ def resource_of(xml: str, host: str, minor: int) -> Resource | None:
             own = next((each for name, each in hosts.items() if _same_host(name, host)), None)
             if own is None:
                 continue
-            for volume in own.findall("volume"):
+            for volume in _volumes(own):
                 if int(_child(volume, "device").get("minor", "-1")) == minor:
                     return _resource(root, element, own, volume, len(hosts) - 1)
     except (ET.ParseError, ValueError) as error:
@@ -93,6 +93,8 @@ def _resource(
     root: ET.Element, element: ET.Element, host: ET.Element, volume: ET.Element, peers: int
 ) -> Resource:
     options: dict[tuple[str, str], str] = {}
+    if protocol := element.get("protocol"):
+        options["net", "protocol"] = protocol  # in DRBD 8.3
     for part in (root.find("common"), element, *element.findall("connection"), host, volume):
         for section in part.findall("section") if part is not None else ():
             for option in section.findall("option"):
@@ -103,11 +105,16 @@ def _resource(
         minor=int(_child(volume, "device").get("minor", "-1")),
         disk=Path(_text(volume, "disk")),
         metadata=_text(volume, "meta-disk"),
-        volumes=len(host.findall("volume")),
+        volumes=len(_volumes(host)),
         peers=peers,
         options={key: value for key, value in options.items() if key[0] != "handlers"},
         handlers={name: value for (section, name), value in options.items() if section == "handlers"},
     )
+
+
+def _volumes(host: ET.Element) -> list[ET.Element]:
+    # DRBD 8.3 knew no volumes: what describes one stands with the host.
+    return host.findall("volume") or [host]
 
 
 def _same_host(configured: str, host: str) -> bool:

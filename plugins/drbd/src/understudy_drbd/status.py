@@ -13,7 +13,7 @@ from typing import Final
 
 from understudy.errors import UnderstudyError
 
-__all__ = ["PROC", "UNCONFIGURED", "State", "read_json", "read_proc", "version"]
+__all__ = ["PROC", "UNCONFIGURED", "State", "read_json", "read_proc", "version_of"]
 
 PROC: Final = Path("/proc/drbd")
 
@@ -46,12 +46,12 @@ UNCONFIGURED: Final = State("Unconfigured")
 
 _LINE: Final = re.compile(
     r"^ *(?P<minor>\d+): cs:(?P<cs>\w+)(?: ro:(?P<ro>\w+)/(?P<pro>\w+) ds:(?P<ds>\w+)/(?P<pds>\w+)"
-    r"(?: (?P<proto>[ABC]) )?)?"  # a blank where there is no connection
+    r"(?: (?P<proto>[ABCD]) )?)?"  # a blank where there is no connection
 )
 _OUT_OF_SYNC: Final = re.compile(r"\boos:(\d+)")
 
 
-def version(proc: str) -> tuple[int, ...]:
+def version_of(proc: str) -> tuple[int, ...]:
     """Return the version of the DRBD that is loaded, e.g. ``(8, 4, 11)``.
 
     Args:

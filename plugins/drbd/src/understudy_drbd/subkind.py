@@ -22,31 +22,23 @@ from understudy.device import (
     SweepContext,
     Verdict,
 )
-from understudy_drbd.control import Control, threads
+from understudy_drbd.control import DISK_KEYS, Control, disk_path, threads
 from understudy_drbd.dm import Mapper, MapperRefused
-from understudy_drbd.findings import of_configuration, of_pool, of_state, of_volume
+from understudy_drbd.findings import of_configuration, of_pool, of_state, of_version, of_volume
 from understudy_drbd.primary import PrimaryDisk, rejoin
 from understudy_drbd.secondary import SecondaryDisk
 from understudy_drbd.thin import NotThin, PoolState, ThinVolume
 
-__all__ = ["DISK_KEYS", "DRBD", "NAME"]
+__all__ = ["DRBD", "NAME"]
 
 NAME: Final = "drbd"
-
-#: Under which of these properties a hypervisor tells what a disk is on the host.
-DISK_KEYS: Final = ("path", "pdev_path")
 
 _LOOK_S: Final = 5.0
 _QEMU: Final = "qemu"
 
 
-def _path_of(device: DeviceInfo) -> Path | None:
-    found = next((device.properties[key] for key in DISK_KEYS if device.properties.get(key)), None)
-    return None if found is None else Path(str(found))
-
-
 async def _claimed(device: DeviceInfo) -> Control | Decline:
-    path = _path_of(device)
+    path = disk_path(device)
     if path is None:
         return Decline(
             f"{device.hypervisor} does not tell what it is on the host (any of {', '.join(DISK_KEYS)})"
@@ -76,7 +68,7 @@ async def _probe(context: ProbeContext) -> Sequence[Finding] | Decline:
         return control
     subject = f"{context.device.name} on the {context.side.value}"
     resource, side = control.resource, context.side
-    findings = [*of_configuration(subject, resource)]
+    findings = [*of_version(subject, control.version), *of_configuration(subject, resource)]
     findings += of_state(subject, resource, await control.state(), side)
     try:
         volume, pool = await threads.run(_look_below, resource.disk, timeout_s=_LOOK_S)
@@ -102,7 +94,7 @@ def _look_below(path: Path) -> tuple[ThinVolume | NotThin, PoolState | None]:
 async def _sweep(context: SweepContext) -> Sequence[str]:
     done: list[str] = []
     for device in context.devices:
-        path = _path_of(device) if device.kind is Kind.DISK else None
+        path = disk_path(device) if device.kind is Kind.DISK else None
         control = await Control.find(path) if path is not None else None
         if control is None:
             continue
