@@ -16,6 +16,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(120)]
 
 TIMER_S = 5
 FRESH_S = 3
-PERIOD_MS = 150
+PERIOD_MS = 300
 WINDOW_S = 1.0
 SLACK_S = 0.5  #: between the signal and the agent's last instruction, and for packets on their way
 
@@ -123,11 +124,17 @@ async def unblocked(bed: Bed) -> bool:
 async def stop_agent(bed: Bed) -> tuple[int, int]:
     """Stop alpha's agent while its guest runs; return its process id and when, nanoseconds of CLOCK_MONOTONIC."""
     agent = bed.agent("alpha")
-    _, end = bed.pair.trace("alpha")
-    # Told of an epoch when the guest runs again, and has a whole period before it is stopped for the next.
-    await until(lambda: any("epoch" in line for line in bed.pair.trace("alpha", end)[0]))
-    os.kill(agent, signal.SIGSTOP)
-    return agent, time.monotonic_ns()
+    async with asyncio.timeout(30):
+        while True:
+            _, end = bed.pair.trace("alpha")
+            await until(partial(told_of_epochs, bed, end))
+            os.kill(agent, signal.SIGSTOP)
+            stopped_ns = time.monotonic_ns()
+            last = epochs(bed, end)[-1]
+            # It is told of when its commit is done, which begins when the guest runs again, for a whole period.
+            if stopped_ns - last["t_ns"] + last["epoch"]["commit_ns"] < PERIOD_MS * 10**6 / 2:
+                return agent, stopped_ns
+            os.kill(agent, signal.SIGCONT)
 
 
 async def becomes_true(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -135,6 +142,15 @@ async def becomes_true(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(30):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+
+
+def told_of_epochs(bed: Bed, start: int) -> bool:
+    return bool(epochs(bed, start))
+
+
+def epochs(bed: Bed, start: int) -> list[dict[str, Any]]:
+    """Return what alpha's agent has told of epochs since offset `start` of its trace."""
+    return [line for line in bed.pair.trace("alpha", start)[0] if "epoch" in line]
 
 
 @pytest.mark.usefixtures("hurried")
