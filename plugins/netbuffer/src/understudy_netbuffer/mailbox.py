@@ -12,11 +12,13 @@ import ctypes
 import errno
 import os
 import socket
-from collections.abc import Iterator
 from typing import Final
 
 __all__ = ["Mailbox"]
 
+# Looked up once: as members of their enumeration they take longer than the rest of a call.
+_TRUNCATED: Final = int(socket.MSG_TRUNC)
+_NOW: Final = int(socket.MSG_DONTWAIT)
 _DATAGRAMS: Final = 32
 _DATAGRAM_BYTES: Final = 1 << 13  # the kernel's notifications are made for a page, or two
 
@@ -75,7 +77,7 @@ class Mailbox:
         Raises:
             OSError: As recvmmsg; ENOBUFS when some were lost because the socket's queue was full.
         """
-        count = int(self._call(self._fd, self._messages, _DATAGRAMS, socket.MSG_DONTWAIT, None))
+        count = int(self._call(self._fd, self._messages, _DATAGRAMS, _NOW, None))
         if count < 0:
             problem = ctypes.get_errno()
             if problem in {errno.EAGAIN, errno.EINTR}:
@@ -83,12 +85,14 @@ class Mailbox:
             raise OSError(problem, os.strerror(problem))
         return count
 
-    def datagrams(self, count: int) -> Iterator[bytes | None]:
-        """Yield the datagrams that `collect` has read, ``None`` for one that was longer than there was room."""
+    def datagrams(self, count: int) -> list[bytes | None]:
+        """Return the datagrams that `collect` has read, ``None`` for one that was longer than there was room."""
+        found: list[bytes | None] = []
         for number in range(count):
             message, start = self._messages[number], number * _DATAGRAM_BYTES
-            cut = message.header.flags & socket.MSG_TRUNC
-            yield None if cut else bytes(self._view[start : start + message.length])
+            cut = message.header.flags & _TRUNCATED
+            found.append(None if cut else bytes(self._view[start : start + message.length]))
+        return found
 
     def full(self, count: int) -> bool:
         """Tell whether more may wait after `collect` has returned `count`."""

@@ -129,7 +129,8 @@ class BufferedNic(ProtectedDevice):
     async def commit(self, epoch: int) -> None:
         """Let out what was sent in `epoch`."""
         await self._gate.release(epoch)
-        await self._proceed()
+        if self._stalled:
+            await self._proceed()
 
     async def stop(self, *, failover: bool) -> None:  # noqa: ARG002 - the gate stays closed until the verdict
         """End looking after the fill; the gate stays closed."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -180,15 +180,19 @@ def number(message: bytearray, sequence: int) -> None:
     struct.pack_into("=I", message, _SEQUENCE_AT, sequence)
 
 
-def messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield type, sequence number, port and bytes of every message of a datagram."""
+def messages(datagram: bytes) -> Iterable[tuple[int, int, int, bytes]]:
+    """Return type, sequence number, port and bytes of every message of a datagram."""
     at, end = 0, len(datagram)
+    found = []
     while at + _HEADER.size <= end:
         length, kind, _, sequence, port = _HEADER.unpack_from(datagram, at)
+        if length == end and not at:
+            return ((kind, sequence, port, datagram),)  # one message, as nearly always
         if length < _HEADER.size:
-            return
-        yield kind, sequence, port, datagram[at : at + length] if at or length < end else datagram
+            break
+        found.append((kind, sequence, port, datagram[at : at + length]))
         at += (length + 3) & ~3
+    return found
 
 
 def refusal_of(message: bytes) -> KernelRefused | None:
