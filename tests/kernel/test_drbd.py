@@ -19,6 +19,7 @@ from tests.kernel.drbdpair import (
     differences,
     drbd_pair,
 )
+from tests.kernel.thinpool import run
 from tests.testbeds.rounds import rounds
 from understudy.device import (
     Decline,
@@ -34,6 +35,7 @@ from understudy.errors import StateError, UnderstudyError
 from understudy_drbd.checkpoints import CheckpointRefused, Checkpoints
 from understudy_drbd.dm import MapperRefused
 from understudy_drbd.fork import DRBD_CHECKPOINT
+from understudy_drbd.secondary import SecondaryDisk
 from understudy_drbd.subkind import DRBD
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
@@ -84,6 +86,22 @@ async def test_thirty_epochs_a_takeover_and_the_way_back(pair: DrbdPair, seed: i
     promoted.write(8)
     for side in (PRIMARY, SECONDARY):
         assert not differences(pair.lower[side], promoted.expected)
+
+
+@pytest.mark.parametrize("extents", ["1", "2"])
+async def test_all_is_copied_back_where_the_log_of_a_crashed_primary_is_too_short(
+    pair: DrbdPair, extents: str
+) -> None:
+    # The kernel's least log covers 268 MiB: here the disk is small and the log is said to be.
+    control = await pair.control(SECONDARY)
+    control.resource = replace(control.resource, options={("disk", "al-extents"): extents})
+    device = await SecondaryDisk.open(pair.context(SECONDARY, Straight()), control)
+    await device.serve("cut", {"epoch": 1})
+    await device.checkpoint(1)
+    await device.stop(failover=True)
+    behind = (await pair.state(SECONDARY)).out_of_sync_bytes
+    assert behind == (0 if extents == "2" else int(run("blockdev", "--getsize64", pair.devices[SECONDARY])))
+    await device.teardown(Verdict.KEEP)
 
 
 async def test_a_takeover_without_a_checkpoint_is_refused(pair: DrbdPair) -> None:
