@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -125,3 +127,21 @@ async def test_a_discarded_interface_is_down_before_its_gate_is_gone(lan: Lan) -
     await nic.teardown(Verdict.DISCARD)
     assert "state DOWN" in run("ip", "link", "show", "vif0")
     assert await lan.numbers() == []
+
+
+async def test_a_kernel_without_matchall_redirects_by_u32(lan: Lan) -> None:
+    barred = Path("/etc/modprobe.d/without-matchall.conf")
+    run("modprobe", "-r", "cls_matchall")
+    await asyncio.to_thread(barred.write_text, "install cls_matchall /bin/false\n")
+    try:
+        nic = await opened()
+        assert "u32" in run("tc", "filter", "show", "dev", "vif0", "ingress")
+        for epoch, protocol in enumerate((IPV4, IPV6, ARP), start=1):
+            await spoken(lan, nic, epoch, [epoch], protocol=protocol)
+            assert await lan.numbers() == []
+            await nic.postsuspend(epoch)
+            await nic.commit(epoch)
+            assert await lan.numbers() == [epoch]
+        await nic.teardown(Verdict.KEEP)
+    finally:
+        await asyncio.to_thread(barred.unlink)
