@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bench.figures import Figure
 
 # In this order: the cheap ones first, those that keep both cores busy last.
-NAMES = ("commands", "phases", "barrier", "agents", "overhead", "pause", "takeover")
+NAMES = ("commands", "phases", "barrier", "thin", "agents", "overhead", "pause", "takeover")
 
 
 def main(argv: list[str]) -> int:
