@@ -22,7 +22,7 @@ import pytest
 from tests.qemu.guestnet import Client, GuestNet, NetHost, NetSession, run
 from tests.qemu.pair import GUEST
 from tests.testbeds.bed import missing_for_qemu, need
-from understudy.device import Mode, Verdict
+from understudy.device import Mode, Subkind, Verdict
 from understudy.hypervisor import Protection
 from understudy_qemu.accel import Accel
 from understudy_qemu.blockreplication import BLOCK_REPLICATION
@@ -40,6 +40,8 @@ PATIENCE_S = 12  #: of a client that is going to be lost
 class HeldHost(NetHost):
     """A host of a guest with two disks, whose output is held in mode remus."""
 
+    subkind = "filter-buffer"
+
     @functools.cached_property
     def config(self) -> QemuConfig:
         self.root.mkdir(exist_ok=True)
@@ -50,7 +52,7 @@ class HeldHost(NetHost):
             "initrd": str(self.bed.guest.initrd),
             "cmdline": self.bed.guest.cmdline(["10.77.0.2/24"], draw=0),
             "disk": [{"path": f"disk{number}.qcow2"} for number in range(2)],
-            "nic": [{"bridge": self.bed.bridges[0], "subkind": "filter-buffer"}],
+            "nic": [{"bridge": self.bed.bridges[0], "subkind": self.subkind}],
         }
         source, protection = self.root / "guest.toml", Protection(mode=Mode.REMUS)
         return parse_config(table, name=GUEST, source=source, protection=protection, host=self.name)
@@ -110,15 +112,17 @@ async def bed(tmp_path: Path) -> AsyncIterator[GuestNet]:
         await made.close()
 
 
-async def held(bed: GuestNet, kind: type[HeldSession]) -> tuple[HeldSession, Client]:
+async def held(
+    bed: GuestNet, kind: type[HeldSession], host: type[HeldHost] = HeldHost, nic: Subkind = FILTER_BUFFER
+) -> tuple[HeldSession, Client]:
     """Return a session in mode remus with its first checkpoint, and a client that talks through it."""
-    alpha, beta = (HeldHost(f"{name}-{bed.id}", bed.root / name, bed, 1, 0) for name in ("alpha", "beta"))
-    for host in (alpha, beta):
-        host.disks = 2
-        bed.hosts.append(host)
+    alpha, beta = (host(f"{name}-{bed.id}", bed.root / name, bed, 1, 0) for name in ("alpha", "beta"))
+    for each in (alpha, beta):
+        each.disks = 2
+        bed.hosts.append(each)
     await alpha.start()
     client = await bed.client(timeout_s=PATIENCE_S)
-    session = kind(alpha, beta, mode=Mode.REMUS, subkinds=(BLOCK_REPLICATION, FILTER_BUFFER))
+    session = kind(alpha, beta, mode=Mode.REMUS, subkinds=(BLOCK_REPLICATION, nic))
     bed.sessions.append(session)
     await session.protect()
     await by_steps(session.ack, client, 10)

@@ -128,11 +128,11 @@ async def bed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
-async def make_bed(root: Path, **plan: Any) -> AsyncIterator[Bed]:
+async def make_bed(root: Path, *, heartbeat_limit_ms: int = 1000, **plan: Any) -> AsyncIterator[Bed]:
     need("qemu", missing_for_qemu())
     guest = await build_guest()
     plan = {"disks": 2} | plan
-    async with Pair(root, guest, GuestPlan(**plan)) as pair:
+    async with Pair(root, guest, GuestPlan(**plan), heartbeat_limit_ms=heartbeat_limit_ms) as pair:
         await pair.command("alpha", "start", GUEST)
         talk = await Talk.begin(pair.lab, interval_ms=5, timeout_s=20)
         try:

@@ -79,8 +79,6 @@ class GuestPlan:
             text += ["[[disk]]", f'path = "/srv/host/disk{number}.qcow2"']
         for number in range(self.nics):
             text += ["[[nic]]", f'bridge = "br{number}"', f'mac = "52:54:00:77:00:{number + 2:02x}"']
-            if self.mode == "remus":
-                text.append('subkind = "filter-buffer"')
         text += ["[protection]", f'mode = "{self.mode}"']
         if self.mode == "remus":
             text += ['interval = "fixed"', "[protection.interval_options]", f"period_ms = {self.period_ms}"]
