@@ -19,3 +19,6 @@ settings.load_profile("understudy")
 # too; but Ctrl-C is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Whoever ends the tests politely, as timeout(1) does, gets the fixtures' cleaning, too: QEMUs, kernels, interfaces.
+signal.signal(signal.SIGTERM, signal.default_int_handler)

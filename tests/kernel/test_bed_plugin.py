@@ -319,3 +319,33 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not become so"
         time.sleep(0.05)
+
+
+def test_what_is_done_outside_before_the_boot(project: Project) -> None:
+    made = project.root / "made"
+    project.module(
+        "test_prepared.py",
+        f"""
+        from pathlib import Path
+        def build():
+            Path({str(made)!r}).write_text("outside")
+        @pytest.mark.kernel(outside=build)
+        def test_it():
+            assert Path({str(made)!r}).read_text() == "outside"
+        """,
+    )
+    project.module(
+        "test_unprepared.py",
+        """
+        def build():
+            raise ValueError("no such thing to build")
+        @pytest.mark.kernel(outside=build)
+        def test_not_begun():
+            raise AssertionError("begun")
+        """,
+    )
+    said = project.run("test_prepared.py", "test_unprepared.py", status=1)
+    assert made.read_text() == "outside"
+    assert "1 passed, 1 error" in said
+    assert "no such thing to build" in said
+    assert "begun" not in said.replace("test_not_begun", "")

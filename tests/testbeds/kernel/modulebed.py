@@ -15,7 +15,7 @@ import pytest
 from tests.testbeds.kernel.machine import KernelDied, Machine
 from tests.testbeds.kernel.post import LineClosed, outside
 
-__all__ = ["ORDERED", "ModuleBed", "NotCollected"]
+__all__ = ["ORDERED", "ModuleBed", "NotCollected", "NotPrepared"]
 
 BOOT_S: Final = 60.0  # deadline of boot, imports and collection: 4 s on an idle machine
 END_S: Final = 15.0
@@ -24,6 +24,10 @@ ORDERED: Final = "UNDERSTUDY_BED_PYTEST"  #: tells pytest inside that it is the 
 
 class NotCollected(RuntimeError):
     """The tests cannot be collected inside."""
+
+
+class NotPrepared(RuntimeError):
+    """What the tests want done outside could not be done."""
 
 
 class ModuleBed:

@@ -7,6 +7,9 @@ inner pytest one at a time, with the one that follows, as pytest-xdist does it: 
 ``-k`` and node ids mean what they always mean, and a test that takes its kernel along costs no other its result. The
 next one gets a new kernel.
 
+What needs the network, or is to be kept for the next run, is done outside before the kernel is booted: by the function
+that the marker names, ``kernel(outside=build)``.
+
 A test has its ordinary timeout inside. If it does not even end then, its kernel is killed `GRACE_S` later.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,11 +26,12 @@ import pytest
 from tests.testbeds.bed import need
 from tests.testbeds.kernel.inside import Inside
 from tests.testbeds.kernel.machine import INSIDE, MEMORY_MIB, KernelDied, missing_for_kernel
-from tests.testbeds.kernel.modulebed import ORDERED, ModuleBed, NotCollected
+from tests.testbeds.kernel.modulebed import ORDERED, ModuleBed, NotCollected, NotPrepared
 from tests.testbeds.kernel.post import inside
 
 GRACE_S: Final = 10.0
-FAILURES: Final = (KernelDied, NotCollected, OSError)  # of the bed: told as the failure of the test
+# Of the bed: told as the failure of the test.
+FAILURES: Final = (KernelDied, NotCollected, NotPrepared, OSError)
 UNTIMED_S: Final = 600.0  # deadline of a test that has no timeout: not even the bed waits for ever
 
 
@@ -106,12 +110,15 @@ class Outside:
         if self._bed is not None and self._bed.module != item.path:
             self._close()
         if self._bed is None:
-            marks = (
+            found = (
                 each.get_closest_marker("kernel") for each in item.session.items if each.path == item.path
             )
-            sizes = [mark.kwargs.get("memory_mib", MEMORY_MIB) for mark in marks if mark is not None]
-            self._bed = ModuleBed(self._config, item.path, max(sizes))
+            marks = [mark for mark in found if mark is not None]
             try:
+                for prepare in {mark.kwargs.get("outside", _nothing) for mark in marks}:
+                    _prepare(prepare)
+                sizes = [mark.kwargs.get("memory_mib", MEMORY_MIB) for mark in marks]
+                self._bed = ModuleBed(self._config, item.path, max(sizes))
                 self._bed.ready()
             except FAILURES as problem:
                 self._broken[item.path] = problem
@@ -126,6 +133,17 @@ class Outside:
 
 def _is_ours(item: pytest.Item) -> bool:
     return item.get_closest_marker("kernel") is not None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _prepare(prepare: Callable[[], object]) -> None:
+    try:
+        prepare()
+    except Exception as problem:
+        raise NotPrepared(f"outside, before the kernel was booted: {problem}") from problem
 
 
 def _failure(

@@ -21,13 +21,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from understudy.device import Verdict
 from understudy.errors import HypervisorError
+from understudy.threads import TimedThreads
 from understudy_netbuffer import installation
 from understudy_netbuffer.installation import Claim, Installed
 from understudy_netbuffer.rtnetlink import (
@@ -59,7 +59,7 @@ _DEADLINE_S: Final = 5.0  # for one piece of work in the thread
 _EMPTY_S: Final = 2.0  # for what was released to leave
 _POLL_S: Final = 0.001
 _TRIES: Final = 3
-_threads = ThreadPoolExecutor(4, thread_name_prefix="understudy-netbuffer")
+_threads = TimedThreads("netbuffer")
 
 
 class Gate:
@@ -395,16 +395,15 @@ async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
     Guarantees:
         However it ends, the call has ended, too, or has passed its deadline.
     """
-    working = asyncio.get_running_loop().run_in_executor(_threads, partial(call, *arguments))
+    working = asyncio.ensure_future(_threads.run(call, *arguments, timeout_s=_DEADLINE_S))
     try:
-        done, _ = await asyncio.wait({working}, timeout=_DEADLINE_S)
-    except BaseException:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
         with suppress(Exception):
-            await _ended(asyncio.wait({working}, timeout=_DEADLINE_S))
+            await _ended(asyncio.wait({working}))
         raise
-    if not done:
-        raise HypervisorError(f"the kernel did not answer within {_DEADLINE_S:g} s")
-    return working.result()
+    except TimeoutError as late:
+        raise HypervisorError(f"the kernel did not answer within {_DEADLINE_S:g} s") from late
 
 
 async def _ended(work: Coroutine[Any, Any, T]) -> T:
