@@ -398,12 +398,14 @@ async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
     working = asyncio.ensure_future(_threads.run(call, *arguments, timeout_s=_DEADLINE_S))
     try:
         return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        with suppress(Exception):
-            await _ended(asyncio.wait({working}))
+    except BaseException as error:
+        # Whatever ends the waiting: the thread goes on, and what comes next must find its work done.
+        if not working.done():
+            with suppress(Exception):
+                await _ended(asyncio.wait({working}))
+        elif isinstance(error, TimeoutError):
+            raise HypervisorError(f"the kernel did not answer within {_DEADLINE_S:g} s") from error
         raise
-    except TimeoutError as late:
-        raise HypervisorError(f"the kernel did not answer within {_DEADLINE_S:g} s") from late
 
 
 async def _ended(work: Coroutine[Any, Any, T]) -> T:
