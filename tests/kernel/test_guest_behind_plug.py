@@ -44,6 +44,8 @@ class FreeHost(HeldHost):
     """A host whose guest's output is held by whatever subkind is there."""
 
     subkind = "auto"
+    boot_s = 90.0
+    patience_s = 60
 
 
 async def _hold_nothing(_: OpenContext) -> ProtectedDevice:
@@ -72,10 +74,10 @@ async def test_what_was_sent_after_the_last_checkpoint(bed: GuestNet, gate: Subk
         with pytest.raises(TimeoutError):
             await client.replies(3, timeout_s=3.0)
         await lose_primary(session)
-        await client.replies(5)
+        await client.replies(5, timeout_s=60.0)
         await client.kept()
     else:
-        await client.replies(3)
+        await client.replies(3, timeout_s=60.0)
         await lose_primary(session)
         with pytest.raises(AssertionError):
             await client.kept()

@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pytest
 
@@ -34,13 +34,13 @@ from understudy_qemu.guestfile import QemuConfig, parse_config
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(150)]
 
 PERIOD_S = 0.05
-PATIENCE_S = 12  #: of a client that is going to be lost
 
 
 class HeldHost(NetHost):
     """A host of a guest with two disks, whose output is held in mode remus."""
 
     subkind = "filter-buffer"
+    patience_s: ClassVar[int] = 12  #: of a client that may be lost
 
     @functools.cached_property
     def config(self) -> QemuConfig:
@@ -121,7 +121,7 @@ async def held(
         each.disks = 2
         bed.hosts.append(each)
     await alpha.start()
-    client = await bed.client(timeout_s=PATIENCE_S)
+    client = await bed.client(timeout_s=host.patience_s)
     session = kind(alpha, beta, mode=Mode.REMUS, subkinds=(BLOCK_REPLICATION, nic))
     bed.sessions.append(session)
     await session.protect()
@@ -132,10 +132,13 @@ async def held(
 async def by_steps(step: Callable[[], Awaitable[object]], client: Client, replies: int) -> None:
     """Do a step once a period until the client has got some more replies, which wait for it."""
     wanted = client.answered + replies
-    async with asyncio.timeout(60):
+    clock = asyncio.get_running_loop().time
+    async with asyncio.timeout(90):
         while client.answered < wanted:
+            began_s = clock()
             await step()
-            await asyncio.sleep(PERIOD_S)
+            # Where a step takes long the guest has as long for itself, or it would not get anywhere.
+            await asyncio.sleep(max(PERIOD_S, clock() - began_s))
 
 
 async def pretend(session: NetSession) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -39,6 +40,9 @@ ENVIRONMENT: Final = {
 }
 
 
+_turn = itertools.count(os.getpid())
+
+
 class KernelDied(RuntimeError):
     """The kernel ended before its command did; the message ends with the tail of its console."""
 
@@ -65,7 +69,9 @@ def missing_for_kernel() -> list[str]:
         missing.append(f"the program {PROGRAM} and its modules (user-mode-linux)")
     if not Path("/bin/busybox").exists():
         missing.append("/bin/busybox (busybox-static)")
-    return missing + [f"the program {name}" for name in ("modprobe", "ip") if shutil.which(name) is None]
+    return missing + [
+        f"the program {name}" for name in ("modprobe", "ip", "taskset") if shutil.which(name) is None
+    ]
 
 
 def memory_directory(memory_mib: int) -> str:
@@ -88,6 +94,16 @@ def running(group: int) -> list[int]:
             if int(its_group) == group and state not in "ZX":
                 found.append(int(stat.parent.name))
     return found
+
+
+def next_cpu() -> int:
+    """Return the CPU for the next kernel: each in turn, of those that this process may use.
+
+    A kernel and the processes of its guest take turns, never two at a time. On two CPUs every turn wakes up a sleeping
+    one: measured, a system call of the guest takes 60 µs then and 15 µs on one, a page fault 190 and 50 µs.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[next(_turn) % len(allowed)]
 
 
 class Machine:
@@ -192,7 +208,7 @@ class Machine:
                 readable = "null" if terminal[0] < 0 else f"fd:{copies[0]}"
                 arguments.append(f"con1={readable},fd:{copies[-1]}")
             return subprocess.Popen(
-                [PROGRAM, *arguments],
+                ["taskset", "--cpu-list", str(next_cpu()), PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
