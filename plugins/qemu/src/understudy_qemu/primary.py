@@ -320,17 +320,14 @@ class QemuPrimary(PrimaryDomain):
             As the contract; does its part even where QEMU does not answer at all.
         """
         self._timeline.sever(reason)
+        # The disks' connections with it, by our duplicates. A block node is never yanked: docs/decisions/0009.
         self._cut()
-        instances = [{"type": "block-node", "node-name": node} for node in self._disks.clients]
-        # One by one: QEMU cuts none of several if one of them is not there.
-        for instance in ({"type": "migration"}, *instances):
-            try:
-                await self._qemu.oob.yank(instance)
-            except CommandRefused:
-                continue  # not there: nothing to cut
-            except HypervisorError as error:
-                _log.warning("%s: yank: %s", self._qemu.name, error)
-                break
+        try:
+            await self._qemu.oob.yank({"type": "migration"})
+        except CommandRefused:
+            return  # not there: nothing to cut
+        except HypervisorError as error:
+            _log.warning("%s: yank: %s", self._qemu.name, error)
 
     async def resume_alone(self, group: DeviceGroup) -> None:
         """Leave replication and run without the secondary; see the contract.

@@ -62,7 +62,9 @@ async def _leave_migration(qemu: Qemu) -> bool:
         if time.monotonic() > deadline:
             raise HypervisorError(f"{qemu.name}: the copy of its memory does not end, it is {status}")
         if not began:
-            # Cut first: QEMU may be waiting for a peer that is not there, for its memory or for a write.
+            # Cut first: QEMU may be waiting for a peer that is not there, for its memory or for a write. Nobody has
+            # duplicates of the disks' sockets any more, so this is the one place where block nodes are yanked: their
+            # connections have been quiet or broken for as long as the agent was gone (docs/decisions/0009).
             began = True
             for instance in await qemu.oob.yankable():
                 if instance["type"] != "chardev":
