@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from bench.figures import Figure
 
 # In this order: the cheap ones first, those that keep both cores busy last.
-NAMES = ("commands", "phases", "barrier", "thin", "agents", "overhead", "pause", "takeover")
+NAMES = (
+    "commands",
+    "phases",
+    "barrier",
+    "thin",
+    "agents",
+    "overhead",
+    "pause",
+    "remus",
+    "remus_pause",
+    "remus_overload",
+    "takeover",
+)
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,8 @@
 """QEMU driven by its own documented commands and nothing else: what Understudy is compared with.
 
 One blocking socket, one command at a time, no checks and no deadlines but one. Standard library alone, because as a
-program, ``python -m bench.bare takeover``, it runs inside a host of the laboratory, in the place of that host's agent.
+program, ``python -m bench.bare takeover`` or ``checkpoints``, it runs inside a host of the laboratory, in the place of
+that host's agent.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Qmp", "Refused"]
+__all__ = ["NEVER_MS", "Qmp", "Refused", "checkpoint_ms"]
+
+NEVER_MS = 100_000_000  #: more than a day: QEMU takes no checkpoint by itself
 
 _CONNECT_S = 20.0
 _ANSWER_S = 20.0
+_SETTLE_S = 0.5
 # Source: QEMU qapi/net.json, AnnounceParameters; milliseconds.
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -125,25 +129,91 @@ def take_over(qmp: Qmp, taps: Mapping[str, str]) -> tuple[int, int]:
     return began_ns, time.monotonic_ns()
 
 
+def checkpoint_ms(qmp: Qmp, held: Sequence[str] = ()) -> float:
+    """Take one checkpoint of a guest that COLO copies; return how long it stood still, by QEMU's own events.
+
+    Args:
+        qmp: The primary's monitor; the guest runs.
+        held: Interfaces whose output two filter-buffer objects hold, ``NAME-epoch`` and ``NAME-ended``: what was sent
+            is put apart while the guest stands still.
+
+    Source: QEMU qapi/migration.json, x-checkpoint-delay; each write of it begins a checkpoint.
+    """
+    qmp.events.clear()
+    qmp.execute("stop")
+    for name in held:
+        _pass_on(qmp, f"{name}-epoch")
+    qmp.execute("migrate-set-parameters", {"x-checkpoint-delay": NEVER_MS})
+    stopped_ns = qmp.event_ns("STOP")
+    return (qmp.event_ns("RESUME") - stopped_ns) / 1e6
+
+
+def _pass_on(qmp: Qmp, name: str) -> None:
+    for status in ("off", "on"):
+        qmp.execute("qom-set", {"path": f"/objects/{name}", "property": "status", "value": status})
+
+
+def checkpoints(qmp: Qmp, count: int, run_s: float, held: Sequence[str]) -> dict[str, list[float]]:
+    """Take checkpoints in turns, without and with what `held` asks for.
+
+    Args:
+        qmp: The primary's monitor.
+        count: How many of each kind.
+        run_s: How long the guest runs before each.
+        held: As for `checkpoint_ms`.
+
+    Returns:
+        The pauses, ``plain_ms`` and ``held_ms``.
+    """
+    # Whoever drove this guest before may have gone in the middle of a checkpoint; the first one here ends that, too.
+    qmp.execute("migrate-set-parameters", {"x-checkpoint-delay": NEVER_MS})
+    qmp.event_ns("RESUME")
+    time.sleep(_SETTLE_S)
+    qmp.execute("query-status")  # reads what was told until now
+    pauses: dict[str, list[float]] = {"plain_ms": [], "held_ms": []}
+    for _ in range(count):
+        time.sleep(run_s)
+        pauses["plain_ms"].append(checkpoint_ms(qmp))
+        time.sleep(run_s)
+        pauses["held_ms"].append(checkpoint_ms(qmp, held))
+        for name in held:
+            _pass_on(qmp, f"{name}-ended")
+    return pauses
+
+
 def _redirects(entry: Mapping[str, Any]) -> bool:
     return bool(entry["type"] == "child<filter-redirector>")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Wait for a line with the moment of suspicion, connect before it, take over then, print two moments as JSON."""
+    """Do what is asked for; print what was measured as one line of JSON.
+
+    ``takeover`` waits for a line with the moment of suspicion, connects before it, takes over then, and prints two
+    moments. ``checkpoints`` prints pauses.
+    """
     parser = argparse.ArgumentParser(prog="bench.bare", description=__doc__)
-    parser.add_argument("what", choices=["takeover"])
-    parser.add_argument("socket", type=Path, help="the copy's monitor")
-    parser.add_argument("taps", nargs="*", metavar="TAP=BRIDGE")
+    what = parser.add_subparsers(dest="what", required=True)
+    takeover = what.add_parser("takeover")
+    takeover.add_argument("socket", type=Path, help="the copy's monitor")
+    takeover.add_argument("taps", nargs="*", metavar="TAP=BRIDGE")
+    cycle = what.add_parser("checkpoints")
+    cycle.add_argument("socket", type=Path, help="the primary's monitor")
+    cycle.add_argument("count", type=int)
+    cycle.add_argument("run_ms", type=float)
+    cycle.add_argument("held", nargs="*", metavar="NIC")
     chosen = parser.parse_args(argv)
-    taps = dict(pair.split("=", 1) for pair in chosen.taps)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    suspect_ns = int(sys.stdin.readline())
-    qmp = Qmp(chosen.socket)
-    time.sleep(max(0.0, (suspect_ns - time.monotonic_ns()) / 1e9))
-    began_ns, running_ns = take_over(qmp, taps)
-    sys.stdout.write(json.dumps({"began_ns": began_ns, "running_ns": running_ns}) + "\n")
+    if chosen.what == "takeover":
+        taps = dict(pair.split("=", 1) for pair in chosen.taps)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        suspect_ns = int(sys.stdin.readline())
+        qmp = Qmp(chosen.socket)
+        time.sleep(max(0.0, (suspect_ns - time.monotonic_ns()) / 1e9))
+        began_ns, running_ns = take_over(qmp, taps)
+        told: Mapping[str, Any] = {"began_ns": began_ns, "running_ns": running_ns}
+    else:
+        told = checkpoints(Qmp(chosen.socket), chosen.count, chosen.run_ms / 1e3, chosen.held)
+    sys.stdout.write(json.dumps(told) + "\n")
     sys.stdout.flush()
     return 0
 

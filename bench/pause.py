@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.bare import Qmp
+from bench.bare import NEVER_MS, Qmp, checkpoint_ms
 from bench.figures import Figure, ratio
 from tests.qemu.pair import SIZE_BYTES, Host, Session
 from understudy.device import Mode
@@ -29,7 +29,6 @@ __all__ = ["measure"]
 
 _CHECKPOINTS = 120
 _BETWEEN_S = 0.03  # the guest runs
-_NEVER_MS = 100_000_000
 _LOOPBACK = "127.0.0.1"
 
 
@@ -145,19 +144,14 @@ class _Plain:
         node = {"driver": "replication", "node-name": "replication0", "mode": "primary", "file": client}
         primary.execute("blockdev-add", node)
         primary.execute("x-blockdev-change", {"parent": "disk0", "node": "replication0"})
-        primary.execute("migrate-set-parameters", {"x-checkpoint-delay": _NEVER_MS, "max-bandwidth": 1 << 40})
+        primary.execute("migrate-set-parameters", {"x-checkpoint-delay": NEVER_MS, "max-bandwidth": 1 << 40})
         primary.execute("migrate", {"uri": stream})
         primary.event_ns("RESUME")
         self.checkpoint_ms()  # the first one is not like the others
 
     def checkpoint_ms(self) -> float:
         """Take one checkpoint; return how long the guest stood still."""
-        primary = self._primary
-        primary.events.clear()
-        primary.execute("stop")
-        primary.execute("migrate-set-parameters", {"x-checkpoint-delay": _NEVER_MS})
-        stopped_ns = primary.event_ns("STOP")
-        return (primary.event_ns("RESUME") - stopped_ns) / 1e6
+        return checkpoint_ms(self._primary)
 
 
 def _run(line: Sequence[str], variables: Mapping[str, str], monitor: Path, stack: ExitStack) -> Qmp:

@@ -11,22 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from bench.figures import Figure, ratio
-from understudy_qemu.demo.lab import HOSTS
+from bench.lab import ENVIRONMENT, MONITOR, PRIMARY, STANDBY, guest_pair, kill_agents
 from understudy_qemu.demo.pair import GUEST, GuestPlan, Pair
 from understudy_qemu.demo.talk import Talk
-from understudy_qemu.demo.tinyguest import TinyGuest, build_guest
 from understudy_qemu.network import tap_name
 
 __all__ = ["measure"]
@@ -35,10 +29,6 @@ _SAMPLES = 5
 _PROTECTED_S = 1.5
 _LIMIT_S = 20.0
 _REPLIES = 3
-_PRIMARY, _STANDBY = HOSTS
-_ROOT = str(Path(__file__).resolve().parents[1])
-_MONITOR = f"/run/understudy/qemu/{GUEST}/qmp"
-
 _COLO_DRAW = 512  # as in the demo
 
 Moments = tuple[int, int]  # suspicion and survivor running, CLOCK_MONOTONIC in ns
@@ -55,12 +45,11 @@ def measure(samples: int = _SAMPLES) -> list[Figure]:
 
 
 async def _measure(samples: int) -> list[Figure]:
-    guest = await build_guest(None)
     figures: dict[str, list[float]] = {}
     for _ in range(samples):
         silence_ns = 0
         for way, take_over in (("", _by_agent), ("bare_", _by_script)):
-            lost_ns, suspect_ns, running_ns, reply_ns = await _sample(guest, take_over, silence_ns)
+            lost_ns, suspect_ns, running_ns, reply_ns = await _sample(take_over, silence_ns)
             silence_ns = suspect_ns - lost_ns
             figures.setdefault(f"{way}takeover_ms", []).append((running_ns - suspect_ns) / 1e6)
             figures.setdefault(f"{way}first_reply_ms", []).append((reply_ns - suspect_ns) / 1e6)
@@ -72,36 +61,31 @@ async def _measure(samples: int) -> list[Figure]:
     ]
 
 
-async def _sample(guest: TinyGuest, take_over: TakeOver, silence_ns: int) -> tuple[int, int, int, int]:
+async def _sample(take_over: TakeOver, silence_ns: int) -> tuple[int, int, int, int]:
     # The moments of the loss, of the suspicion, of the survivor running and of the client's next reply.
-    root = Path(tempfile.mkdtemp(prefix="understudy-bench-", dir="/var/tmp"))
-    try:
-        async with Pair(root, guest, GuestPlan(mode="colo", draw=_COLO_DRAW)) as pair:
-            await pair.command(_PRIMARY, "start", GUEST)
-            talk = await Talk.begin(pair.lab)
-            try:
-                await pair.protect(_PRIMARY, show=False)
-                await asyncio.sleep(_PROTECTED_S)
-                lost_ns = await pair.lose(_PRIMARY)
-                suspect_ns, running_ns = await take_over(pair, lost_ns, silence_ns)
-                reply = await talk.replies_after(suspect_ns, _REPLIES, _LIMIT_S)
-                return lost_ns, suspect_ns, running_ns, reply.t_ns
-            finally:
-                await talk.end()
-    finally:
-        await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
+    async with guest_pair(GuestPlan(mode="colo", draw=_COLO_DRAW)) as pair:
+        talk = await Talk.begin(pair.lab)
+        try:
+            await pair.protect(PRIMARY, show=False)
+            await asyncio.sleep(_PROTECTED_S)
+            lost_ns = await pair.lose(PRIMARY)
+            suspect_ns, running_ns = await take_over(pair, lost_ns, silence_ns)
+            reply = await talk.replies_after(suspect_ns, _REPLIES, _LIMIT_S)
+            return lost_ns, suspect_ns, running_ns, reply.t_ns
+        finally:
+            await talk.end()
 
 
 async def _by_agent(pair: Pair, lost_ns: int, _: int) -> Moments:
     until = time.monotonic() + _LIMIT_S
     while time.monotonic() < until:
-        rows = [row for row in pair.trace(_STANDBY)[0] if "event" in row and row["t_ns"] > lost_ns]
+        rows = [row for row in pair.trace(STANDBY)[0] if "event" in row and row["t_ns"] > lost_ns]
         suspect_ns = _first(rows, lambda row: row["facts"].get("to") == "suspect")
         running_ns = _first(rows, lambda row: row["event"] == "promoted")
         if suspect_ns and running_ns:
             return suspect_ns, running_ns
         await asyncio.sleep(0.02)
-    raise TimeoutError(f"{_STANDBY} did not take the guest over: {pair.last_words(_STANDBY)}")
+    raise TimeoutError(f"{STANDBY} did not take the guest over: {pair.last_words(STANDBY)}")
 
 
 def _first(rows: list[dict[str, Any]], found: Callable[[dict[str, Any]], bool]) -> int:
@@ -109,17 +93,15 @@ def _first(rows: list[dict[str, Any]], found: Callable[[dict[str, Any]], bool]) 
 
 
 async def _by_script(pair: Pair, lost_ns: int, silence_ns: int) -> Moments:
-    host = pair.lab.hosts[_STANDBY]
-    tap = f"{tap_name(_STANDBY, GUEST, 'nic0')}=br0"
-    argv = [sys.executable, "-m", "bench.bare", "takeover", _MONITOR, tap]
-    script = await host.exec(argv, stdin=PIPE, stdout=PIPE, env={**os.environ, "PYTHONPATH": _ROOT})
+    host = pair.lab.hosts[STANDBY]
+    tap = f"{tap_name(STANDBY, GUEST, 'nic0')}=br0"
+    argv = [sys.executable, "-m", "bench.bare", "takeover", MONITOR, tap]
+    script = await host.exec(argv, stdin=PIPE, stdout=PIPE, env=ENVIRONMENT)
     assert script.stdin is not None  # noqa: S101 - pipes were asked for
     assert script.stdout is not None  # noqa: S101
     async with asyncio.timeout(_LIMIT_S):
         await script.stdout.readline()
-        for pid, words in host.processes().items():
-            if "agent" in words and "run" in words:
-                os.kill(pid, signal.SIGKILL)
+        kill_agents(pair, [STANDBY])
         script.stdin.write(f"{lost_ns + silence_ns}\n".encode())
         said = await script.stdout.readline()
         await script.wait()
