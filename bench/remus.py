@@ -1,7 +1,7 @@
 """Mode remus on a host without plug: checkpoints a second, and what they add to a client's requests.
 
 Two whole hosts, a guest whose output the subkind filter-buffer holds, and a client with one TCP connection that sends a
-request every 137 ms: no multiple of an interval, so that requests meet an epoch at any point. One and the same guest is
+request every 223 ms: no multiple of an interval, so that requests meet an epoch at any point. One and the same guest is
 measured unprotected and protected in turns, at each interval.
 """
 
@@ -24,7 +24,7 @@ _INTERVALS_MS = (20, 50, 100)
 _ROUNDS = 3
 _WINDOW_S = 5
 _SETTLE_S = 1.0
-_REQUESTS_MS = 137.0
+_REQUESTS_MS = 223.0
 _SECOND_NS = 1_000_000_000
 
 
