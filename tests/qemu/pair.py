@@ -266,6 +266,7 @@ class Session:
             connect=self._connect,
             discard=self._discard_copy,
             disks=self.s_disks,
+            config=beta.config,
         )
         self.connected = False
         self.copy_dead = False

@@ -198,6 +198,14 @@ class ProtectedDevice:
 
     __slots__ = ()
 
+    @property
+    def copy_path(self) -> Path | None:
+        """Block device that is to be the copy's disk on the secondary, ``None`` where that is not for it to say.
+
+        Asked when the copy is launched; a hypervisor that offers `understudy.services.SPECULATION` heeds it.
+        """
+        return None
+
     async def start(self, side: ReplicationMode) -> None:
         """Begin to replicate; the guest is stopped on the primary. Source: replication_start_all."""
 

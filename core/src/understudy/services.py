@@ -21,6 +21,7 @@ __all__ = [
     "GUEST_PAUSE",
     "MONITOR",
     "PACE",
+    "SPECULATION",
     "Channels",
     "GuestPause",
     "Monitor",
@@ -28,6 +29,7 @@ __all__ = [
     "Pace",
     "ServiceKey",
     "Services",
+    "Speculation",
 ]
 
 T = TypeVar("T")
@@ -138,6 +140,51 @@ class GuestPause(Protocol):
         """Let it run again, unless something else keeps it stopped."""
 
 
+class Speculation(Protocol):
+    """The copy of a guest that runs from each checkpoint on, although nobody has promoted it.
+
+    Offered on the secondary by hypervisors that cannot keep their copy from it (QEMU). Such a copy reads and writes its
+    disks, and what it reads must be the disk of the checkpoint that its memory holds. A disk that is to be changed
+    under it offers a device for that (`understudy.device.ProtectedDevice.copy_path`).
+    """
+
+    @property
+    def loaded(self) -> int:
+        """How many whole checkpoints the copy has loaded; exact after `park`, final once its stream is cut."""
+
+    async def park(self) -> None:
+        """Stop the copy until it has loaded the next checkpoint, or is promoted.
+
+        Raises:
+            HypervisorError: It does not stop, or does not answer.
+
+        Guarantees:
+            Afterwards it writes nothing, and everything that it wrote has ended. It may be stopped already.
+        """
+
+    async def writes(self, device: str) -> int:
+        """Return how often the copy has changed a disk since it was launched, counting what failed.
+
+        Args:
+            device: Name of the disk, e.g. ``"disk0"``.
+
+        Raises:
+            HypervisorError: It cannot be told.
+        """
+
+    async def settle(self, device: str) -> None:
+        """Let the promoted guest have its disk where its guest file says, not at `copy_path` any more.
+
+        The guest may run. Both must be the same disk.
+
+        Args:
+            device: Name of the disk.
+
+        Raises:
+            HypervisorError: It has it where it was.
+        """
+
+
 class Channels(Protocol):
     """Plain byte streams between the two hosts, made by the agents; TCP_NODELAY is set on both ends."""
 
@@ -152,3 +199,4 @@ MONITOR: ServiceKey[Monitor] = ServiceKey("monitor")
 CHANNELS: ServiceKey[Channels] = ServiceKey("channels")
 PACE: ServiceKey[Pace] = ServiceKey("pace")
 GUEST_PAUSE: ServiceKey[GuestPause] = ServiceKey("guest-pause")
+SPECULATION: ServiceKey[Speculation] = ServiceKey("speculation")

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from understudy.device import Mode
+from understudy.errors import HypervisorError
 from understudy.hypervisor import Protection
 from understudy_qemu.accel import Accel
 from understudy_qemu.guestfile import QemuConfig, parse_config
 from understudy_qemu.machine import GuestPaths, ImageDrive, command_line, environment
+from understudy_qemu.speculating import CopyDrive
 
 
 def make(host: str = "alpha", **table: Any) -> QemuConfig:
@@ -148,3 +150,29 @@ def test_the_library_is_preloaded_before_others_and_the_service_manager_is_not_t
     assert made["LD_PRELOAD"] == "/ours.so /other.so"
     assert "NOTIFY_SOCKET" not in made
     assert environment(None)["LD_PRELOAD"] == "/other.so"
+
+
+def test_a_copy_has_what_its_disks_subkind_names() -> None:
+    config = make(disk=[{"path": "/dev/drbd0", "format": "raw", "cache": "none", "subkind": "drbd"}])
+    paths = GuestPaths(Path("/r/run"), Path("/r/state"))
+    drives = {"disk0": CopyDrive(config.disk("disk0"), Path("/dev/null"))}
+    copy = command_line(config, paths, accel=Accel.TCG, drives=drives, taps={}, incoming=True)
+    nodes = {node["node-name"]: node for node in objects(copy, "-blockdev")}
+    assert nodes.keys() == {"disk0", "disk0-image", "disk0-copy"}
+    assert nodes["disk0-image"]["file"] == "disk0-copy"
+    assert (nodes["disk0-copy"]["filename"], nodes["disk0-copy"]["cache"]) == ("/dev/null", {"direct": True})
+    # The guest's device is the same on both hosts.
+    assert objects(copy, "-device") == objects(line(config), "-device")
+
+
+def test_a_copy_whose_disk_is_changed_under_it_is_raw() -> None:
+    config = make(disk=[{"path": "/dev/drbd0", "format": "qcow2", "subkind": "drbd"}])
+    with pytest.raises(HypervisorError, match='its subkind drbd serves raw disks; say format = "raw"'):
+        CopyDrive(config.disk("disk0"), Path("/dev/null"))
+
+
+@pytest.mark.parametrize(
+    ("subkind", "replicated"), [("auto", True), ("block-replication", True), ("drbd", False)]
+)
+def test_a_disk_is_replicated_by_qemu_unless_it_names_another_way(subkind: str, replicated: bool) -> None:
+    assert make(disk=[{"path": "a.raw", "subkind": subkind}]).disk("disk0").replicated is replicated

@@ -26,11 +26,11 @@ from understudy.device import (
 from understudy_qemu.blockprimary import PrimaryDisk
 from understudy_qemu.blocksecondary import SecondaryDisk
 from understudy_qemu.disksession import DISKS
+from understudy_qemu.guestfile import BLOCK_REPLICATION as NAME
 from understudy_qemu.images import is_volatile
 
 __all__ = ["BLOCK_REPLICATION", "NAME", "BlockReplicationOptions"]
 
-NAME: Final = "block-replication"
 _SHORTEST_MS: Final = 5  # below it the guest makes hardly any progress between two checkpoints
 _LONGEST_MS: Final = 3_600_000
 

@@ -33,9 +33,12 @@ from understudy.hypervisor import GuestConfig, Protection
 from understudy.schema import Table
 from understudy_qemu.network import tap_name
 
-__all__ = ["HYPERVISOR", "Disk", "Nic", "Overlays", "QemuConfig", "parse_config"]
+__all__ = ["BLOCK_REPLICATION", "HYPERVISOR", "Disk", "Nic", "Overlays", "QemuConfig", "parse_config"]
 
 HYPERVISOR: Final = "qemu"
+BLOCK_REPLICATION: Final = (
+    "block-replication"  #: the subkind that takes a disk unless its entry names another one
+)
 QEMU: Final = "qemu-system-x86_64"
 QEMU_VARIABLE: Final = "UNDERSTUDY_QEMU"  #: another QEMU where the guest file names none, for tests
 
@@ -62,6 +65,11 @@ class Disk:
     cache: str  #: as QEMU's -drive cache=
     serial: str  #: what the guest reads as the disk's serial number
     subkind: str
+
+    @property
+    def replicated(self) -> bool:
+        """Whether QEMU replicates it into an image on the other host; if not, what is there is its subkind's."""
+        return self.subkind in {"auto", BLOCK_REPLICATION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +242,7 @@ def _disk_info(disk: Disk) -> DeviceInfo:
         "path": str(disk.path),
         "format": disk.format,
         "bus": disk.bus,
+        "cache": disk.cache,
         "node": disk.name,  # of the quorum above the image
         "image_node": f"{disk.name}-image",
     }

@@ -374,6 +374,7 @@ class QemuHypervisor(Hypervisor):
             connect=partial(self.open_outlet, ours),
             discard=partial(self.discard, ours),
             disks=disks,
+            config=ours,
         )
 
     async def sweep(self, config: GuestConfig, record: Record | None) -> Sequence[str]:
@@ -473,7 +474,7 @@ async def _remove_taps(config: QemuConfig) -> None:
 def _replicas(config: QemuConfig, peer_facts: Mapping[str, Any]) -> Mapping[str, Replica]:
     # What the primary told about its disks, as what ours are to become.
     made = {}
-    for disk in config.disks:
+    for disk in filter(lambda disk: disk.replicated, config.disks):
         size = peer_facts["disks"].get(disk.name, {}).get("size_bytes")
         if size is not None:
             replica = ImageIdentity(

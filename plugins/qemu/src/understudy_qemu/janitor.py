@@ -25,6 +25,7 @@ from understudy_qemu.machine import GuestPaths
 from understudy_qemu.process import QemuProcess
 from understudy_qemu.restoring import restore
 from understudy_qemu.running import Launched, Qemu
+from understudy_qemu.speculating import settle_disk
 
 if TYPE_CHECKING:
     from understudy_qemu.guestfile import QemuConfig
@@ -105,6 +106,11 @@ async def _restore(hypervisor: QemuHypervisor, config: QemuConfig, record: Recor
         done.append(f"{qemu.name} was promoted but not let out: its takeover was finished")
     # Before QEMU lets go of what it holds, and before the guest is announced.
     done += await _remove_blocks(config)
+    for disk in config.disks:
+        if await settle_disk(qemu, disk):
+            done.append(
+                f"{disk.name} of {qemu.name} was still on the device that its copy had: put on {disk.path}"
+            )
     done += await restore(qemu)
     for nic in config.nics:
         if await network.remove_filters(nic.tap):

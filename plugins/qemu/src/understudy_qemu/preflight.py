@@ -190,7 +190,7 @@ async def _replicas(
     hypervisor: QemuHypervisor, config: QemuConfig, peer_facts: Mapping[str, Any]
 ) -> AsyncIterator[Finding]:
     images = hypervisor.images(config)
-    for disk in config.disks:
+    for disk in filter(lambda disk: disk.replicated, config.disks):
         subject = f"{disk.name} on {hypervisor.here.host}"
         wanted = peer_facts.get("disks", {}).get(disk.name, {})
         if disk.path.exists():
@@ -228,12 +228,14 @@ async def _replicas(
 def _overlays(
     hypervisor: QemuHypervisor, config: QemuConfig, peer_facts: Mapping[str, Any]
 ) -> Sequence[Finding]:
-    if not config.disks:
+    replicated = [disk.name for disk in config.disks if disk.replicated]
+    if not replicated:
         return ()
     findings = []
     directory = hypervisor.overlay_directory(config)
     subject = f"overlays on {hypervisor.here.host}"
-    sizes = [disk.get("size_bytes") or 0 for disk in peer_facts.get("disks", {}).values()]
+    disks = peer_facts.get("disks", {})
+    sizes = [disks.get(name, {}).get("size_bytes") or 0 for name in replicated]
     need = overlay_room_bytes(config, sum(sizes))
     free = free_bytes(directory)
     if free < need:

@@ -209,6 +209,13 @@ class Qemu:
         self.launched = replace(self.launched, copy=False)
         self.launched.write(self.paths.launched)
 
+    def adopt_node(self, node: str) -> None:
+        """Write down that a block node is the guest's from now on, as if it had been born with it."""
+        born = {name: list(found) for name, found in self.launched.born.items()}
+        born["nodes"] = sorted({*born.get("nodes", ()), node})
+        self.launched = replace(self.launched, born=born)
+        self.launched.write(self.paths.launched)
+
     async def kill(self) -> None:
         """Kill QEMU, see it dead and remove its sockets. Taps and overlays are not touched."""
         await self.process.kill()

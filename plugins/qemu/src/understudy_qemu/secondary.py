@@ -22,15 +22,17 @@ from understudy.device import ReplicationMode
 from understudy.errors import HypervisorError, StateError
 from understudy.group import DeviceGroup
 from understudy.hypervisor import DomainEvent, DomainEventKind, SecondaryDomain
-from understudy.services import MONITOR, Channels, Services
+from understudy.services import MONITOR, SPECULATION, Channels, Services
 from understudy_qemu.disksession import DISKS, DiskSession
 from understudy_qemu.events import Stage, Timeline
+from understudy_qemu.guestfile import QemuConfig
 from understudy_qemu.machine import DriveProvider
 from understudy_qemu.migration import CHANNEL, URI, Cable, Switches
 from understudy_qemu.monitor import CommandRefused
 from understudy_qemu.offered import OfferedMonitor
 from understudy_qemu.pulse import Pulse
 from understudy_qemu.running import Qemu
+from understudy_qemu.speculating import CopyDrive, QemuSpeculation
 
 __all__ = ["QemuSecondary"]
 
@@ -56,6 +58,7 @@ class QemuSecondary(SecondaryDomain):
         discard: Takes them off and removes them, kills the copy and sees it dead; also what is there of it only in
             part.
         disks: What its disks share in this session.
+        config: The guest, as this host's guest file has it.
     """
 
     def __init__(
@@ -65,22 +68,25 @@ class QemuSecondary(SecondaryDomain):
         connect: Callable[[], Coroutine[Any, Any, None]],
         discard: Callable[[], Awaitable[None]],
         disks: DiskSession,
+        config: QemuConfig,
     ) -> None:
         self._start = start
         self._connect = connect
         self._discard = discard
         self._disks = disks
+        self._config = config
         self._qemu: Qemu | None = None
         self._cable: Cable | None = None
         self._switches: Switches | None = None
         self._pulse: Pulse | None = None
         self._timeline = Timeline(ignored=_SPECULATION, count_checkpoints=True, gone=self._cut)
         offered = OfferedMonitor(lambda: self._qemu.monitor if self._qemu is not None else None)
-        self._services = Services((MONITOR, offered), (DISKS, disks))
+        self._speculation = QemuSpeculation(config, self._timeline)
+        self._services = Services((MONITOR, offered), (DISKS, disks), (SPECULATION, self._speculation))
 
     @property
     def services(self) -> Services:
-        """The monitor, which answers only after `launch`, and what the disks share."""
+        """The monitor and the copy, which answer only after `launch`, and what the disks share."""
         return self._services
 
     @property
@@ -103,7 +109,7 @@ class QemuSecondary(SecondaryDomain):
             HypervisorError: A disk is protected by something that QEMU cannot be made of, or QEMU did not start.
         """
         try:
-            self._qemu = await self._start(_drives(group))
+            self._qemu = self._speculation.qemu = await self._start(_drives(group, self._config))
             await self._timeline.open(self._qemu.monitor)
             await self._disks.attach(self._qemu.monitor)
             self._pulse = Pulse(self._qemu.oob, self._timeline.lose)
@@ -257,10 +263,12 @@ class QemuSecondary(SecondaryDomain):
             await cable.close()
 
 
-def _drives(group: DeviceGroup) -> dict[str, DriveProvider]:
+def _drives(group: DeviceGroup, config: QemuConfig) -> dict[str, DriveProvider]:
     drives: dict[str, DriveProvider] = {}
     for name, device in group.devices.items():
-        if hasattr(device, "blockdevs"):
+        if device.copy_path is not None:
+            drives[name] = CopyDrive(config.disk(name), device.copy_path)
+        elif hasattr(device, "blockdevs"):
             drives[name] = cast("DriveProvider", device)
         elif name.startswith("disk"):
             raise HypervisorError(
