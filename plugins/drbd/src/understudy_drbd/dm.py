@@ -62,6 +62,11 @@ _INACTIVE_FLAG: Final = 1 << 6
 _BUFFER_FULL_FLAG: Final = 1 << 8
 _SKIP_LOCKFS_FLAG: Final = 1 << 10
 
+# What libdevmapper tells udev's rules in the upper half of a cookie, for a device that is nobody else's business: no
+# rules of subsystems, of disks or others, and this is what counts from now on. No semaphore is behind the cookie.
+# Source: LVM2 libdm/libdevmapper.h, DM_UDEV_DISABLE_SUBSYSTEM_RULES_FLAG and following.
+_PRIVATE_COOKIE: Final = (0x02 | 0x04 | 0x08 | 0x40) << 16
+
 
 class MapperRefused(UnderstudyError):
     """The device mapper refused a request; what the request was to change is as before.
@@ -192,9 +197,15 @@ class Mapper:
         """
         self._ioctl(_SUSPEND, device, flags=_SUSPEND_FLAG | (0 if freeze else _SKIP_LOCKFS_FLAG))
 
-    def resume(self, device: Device) -> None:
-        """Make the table that was loaded the active one, if there is one, and let go what was held."""
-        self._ioctl(_SUSPEND, device)
+    def resume(self, device: Device, *, private: bool = False) -> None:
+        """Make the table that was loaded the active one, if there is one, and let go what was held.
+
+        Args:
+            device: Which.
+            private: Whether udev is told to leave the device alone: it would look for file systems, and LVM for
+                volumes, whenever the device has become something else.
+        """
+        self._ioctl(_SUSPEND, device, cookie=_PRIVATE_COOKIE if private else 0)
 
     # --- Tables ------------------------------------------------------------------------------------------------------
 
@@ -220,14 +231,19 @@ class Mapper:
         """Forget a table that was loaded and is not active."""
         self._ioctl(_CLEAR, device)
 
-    def swap(self, device: Device, *targets: Target) -> None:
+    def swap(self, device: Device, *targets: Target, private: bool = False) -> None:
         """Put another table in the place of the active one, under whoever holds the device open.
 
         What the device's users have under way is waited for; the loaded table is forgotten if that fails.
+
+        Args:
+            device: Which.
+            targets: The table.
+            private: As for `resume`.
         """
         self.load(device, *targets)
         try:
-            self.resume(device)
+            self.resume(device, private=private)
         except MapperRefused:
             self.clear(device)
             raise
@@ -271,6 +287,7 @@ class Mapper:
         *,
         uuid: str = "",
         flags: int = 0,
+        cookie: int = 0,
         payload: bytes = b"",
         count: int = 0,
         detail: str = "",
@@ -291,7 +308,7 @@ class Mapper:
             count,
             0,
             flags,
-            0,
+            cookie,  # in the field of the event number
             0,
             number,
             name.encode(),

@@ -8,19 +8,22 @@ Source: drbd.conf(5) of DRBD 8.4 and 9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from understudy.device import Finding, ReplicationMode, Severity
 from understudy_drbd.resource import Resource
 from understudy_drbd.status import State
 from understudy_drbd.thin import NotThin, PoolState, ThinVolume
 
-__all__ = ["of_configuration", "of_pool", "of_state", "of_version", "of_volume"]
+__all__ = ["of_configuration", "of_disk", "of_pool", "of_state", "of_version", "of_volume"]
 
 _TRIED: Final = (8, 4)
 _FULL_RATIO: Final = 0.8
 _ENDINGS: Final = ("reboot", "halt", "poweroff", "shutdown", "sysrq")
+_DIRECT: Final = frozenset(
+    {"none", "directsync"}
+)  # what QEMU's cache modes without the page cache are called
 _ONLY: Final = {"after-sb-0pri": "disconnect", "after-sb-1pri": "disconnect", "after-sb-2pri": "disconnect"}
 
 
@@ -86,6 +89,23 @@ def _handlers(subject: str, resource: Resource) -> Iterator[Finding]:
             )
             remedy = "replace it by one that only tells, such as notify.sh."
             yield Finding(Severity.WARNING, subject, problem, remedy)
+
+
+def of_disk(subject: str, properties: Mapping[str, Any]) -> Iterator[Finding]:
+    """Say what is wrong with how the hypervisor uses the disk, as far as it tells.
+
+    Args:
+        subject: As in `of_configuration`.
+        properties: Of the device.
+    """
+    if (found := properties.get("format", "raw")) != "raw":
+        problem = (
+            f"the disk is {found}, and what is below it changes where a {found} driver would not expect it."
+        )
+        yield Finding(Severity.ERROR, subject, problem, 'put a raw disk on DRBD: format = "raw".')
+    if (cache := properties.get("cache", "none")) not in _DIRECT:
+        problem = f"the disk goes through this host's page cache (cache {cache}), which no other host has."
+        yield Finding(Severity.ERROR, subject, problem, 'set cache = "none".')
 
 
 def of_version(subject: str, version: tuple[int, ...]) -> Iterator[Finding]:

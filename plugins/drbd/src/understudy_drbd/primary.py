@@ -15,15 +15,17 @@ import logging
 import time
 from collections.abc import Mapping
 
-from understudy.device import OpenContext, Peer, ProtectedDevice, Verdict
+from understudy.device import OpenContext, Peer, ProtectedDevice, ReplicationMode, Verdict
 from understudy.errors import UnderstudyError
-from understudy_drbd.control import Control
+from understudy_drbd.control import Control, threads
+from understudy_drbd.copydevice import remove_left
 
 __all__ = ["PrimaryDisk", "rejoin"]
 
 _log = logging.getLogger(__name__)
 
 _PEER_S = 10.0
+_MAPPER_S = 5.0
 
 
 class PrimaryDisk(ProtectedDevice):
@@ -60,6 +62,15 @@ class PrimaryDisk(ProtectedDevice):
                 f"{theirs.get('resource')} on the other host, and their data differ: they are not one mirror"
             )
         return cls(control, context.peer)
+
+    async def start(self, side: ReplicationMode) -> None:  # noqa: ARG002 - the contract's
+        """Let the other half be ready for the guest's memory; the guest is stopped and all its writes have ended.
+
+        Raises:
+            UnderstudyError: The other host does not have them all, or is not ready.
+        """
+        await self._control.demand_mirrored()
+        await self._peer.request("begin", {}, timeout_s=_PEER_S)
 
     async def postsuspend(self, epoch: int) -> None:
         """Have the other half cut `epoch`; the guest is stopped and all its writes have ended.
@@ -153,6 +164,8 @@ async def rejoin(control: Control) -> bool:
         return False
     if state.connection == "Connected" and state.peer_role == "Secondary":
         return False  # the other host has not left this mirror, so it did not go on
+    # Of a guest that took over here once, and whose agent died before it had DRBD itself.
+    await threads.run(remove_left, control.resource.minor, timeout_s=_MAPPER_S)
     await control.disconnect()
     await control.distrust_peer()
     await control.demote()

@@ -20,21 +20,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self, TypeVar
 
 from understudy.device import OpenContext, ProtectedDevice, Verdict
 from understudy.errors import StateError, UnderstudyError
 from understudy_drbd.control import Control, threads
+from understudy_drbd.copydevice import CopyDevice
 from understudy_drbd.dm import Mapper
 from understudy_drbd.thin import InUse, ThinVolume
 
-__all__ = ["SecondaryDisk"]
+__all__ = ["MAPPER_S", "SecondaryDisk", "patiently"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 _CUT_S: Final = 5.0  # a cut waits for the writes that the disk below is at
-_MAPPER_S: Final = 5.0
+MAPPER_S: Final = 5.0  #: for what the device mapper does without waiting for a disk
 _RELEASE_S: Final = (
     5.0  # how long somebody who looks at a device that changed, such as udev, may hold it open
 )
@@ -67,7 +70,7 @@ class SecondaryDisk(ProtectedDevice):
         self._left = False  # this side has begun to leave the mirror
 
     @classmethod
-    async def open(cls, context: OpenContext, control: Control) -> SecondaryDisk:
+    async def open(cls, context: OpenContext, control: Control) -> Self:
         """Find the volume and remove what a dead agent left of its cuts.
 
         Raises:
@@ -80,17 +83,23 @@ class SecondaryDisk(ProtectedDevice):
             )
         mapper = Mapper()  # no disk is waited for
         try:
-            volume = await threads.run(ThinVolume.find, mapper, control.resource.disk, timeout_s=_MAPPER_S)
-            await threads.run(volume.clear, timeout_s=_MAPPER_S)
+            volume = await threads.run(ThinVolume.find, mapper, control.resource.disk, timeout_s=MAPPER_S)
+            await patiently(CopyDevice(mapper, control.resource.minor).remove)
+            await threads.run(volume.clear, timeout_s=MAPPER_S)
+            made = cls(context, control, mapper, volume)
+            await made.prepare()
         except BaseException:
             mapper.close()
             raise
-        return cls(context, control, mapper, volume)
+        return made
+
+    async def prepare(self) -> None:
+        """Make what the copy is to be launched with; nothing, as long as it does not run."""
 
     # --- The cycle ---------------------------------------------------------------------------------------------------
 
     async def serve(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Cut an epoch, or tell which data this is.
+        """Cut an epoch, be ready for the copy's first memory, or tell which data this is.
 
         Raises:
             StateError: The session has ended here, or the epoch is no later one.
@@ -98,16 +107,29 @@ class SecondaryDisk(ProtectedDevice):
         if method == "generation":
             resource = self._control.resource.name
             return {"generation": await self._control.generation(), "resource": resource}
+        if method == "begin":
+            await self._begin()
+            return {}
         if method == "cut":
             await self._cut(int(params["epoch"]))
             return {"took_ns": self._cut_ns}
         return await super().serve(method, params)
+
+    async def _begin(self) -> None:
+        # The primary's guest stands still for the copy of its memory. A copy that does not run needs no disk yet.
+        return
 
     async def _cut(self, epoch: int) -> None:
         if self._severed:
             raise StateError(f"{self._name}: the primary has been given up; no epoch is cut for it any more")
         if self._cuts and epoch <= self._cuts[-1]:
             raise StateError(f"{self._name}: epoch {epoch} is to be cut after epoch {self._cuts[-1]}")
+        await self._take(epoch)
+
+    async def _take(self, epoch: int) -> None:
+        await self._make_cut(epoch)
+
+    async def _make_cut(self, epoch: int) -> None:
         # Noted first: a cut whose caller went away is made all the same.
         self._cuts.append(epoch)
         began_ns = time.perf_counter_ns()
@@ -131,7 +153,7 @@ class SecondaryDisk(ProtectedDevice):
             UnderstudyError: Why.
         """
         await self._control.demand_mirrored()
-        state = await threads.run(self._volume.pool_state, timeout_s=_MAPPER_S)
+        state = await threads.run(self._volume.pool_state, timeout_s=MAPPER_S)
         if state.trouble:
             raise UnderstudyError(
                 f"the thin pool below DRBD resource {self._control.resource.name}: {state.trouble}"
@@ -140,7 +162,7 @@ class SecondaryDisk(ProtectedDevice):
     async def commit(self, epoch: int) -> None:
         """Forget the cuts before `epoch`: nobody can go back there any more."""
         for older in [each for each in self._cuts if each < epoch]:
-            await threads.run(self._volume.drop, older, timeout_s=_MAPPER_S)
+            await threads.run(self._volume.drop, older, timeout_s=MAPPER_S)
             self._cuts.remove(older)
 
     def sever(self) -> None:
@@ -163,33 +185,40 @@ class SecondaryDisk(ProtectedDevice):
         self._severed = True
         if not failover:
             return
+        self._held = await self._memory_epoch()
         if not self._held:
             raise StateError(f"{self._name}: this side holds no checkpoint of the disk")
         self._left = True
         control = self._control
+        await self._let_go()
         await control.disconnect()
         await control.detach()
-        await self._roll_back()
+        await patiently(self._volume.roll_back, self._held)
         await control.attach()
         await control.promote()
-        if not control.resource.log_covers(self._volume.sectors * 512):
+        if await self._strayed() or not control.resource.log_covers(self._volume.sectors * 512):
             await control.distrust_peer()
+        await self._hand_over()
         _log.info(
             "%s: DRBD resource %s is primary at checkpoint %d", self._name, control.resource.name, self._held
         )
 
-    async def _roll_back(self) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _RELEASE_S
-        while True:
-            try:
-                await threads.run(self._volume.roll_back, self._held, timeout_s=_MAPPER_S)
-            except InUse:
-                if loop.time() > until:
-                    raise
-                await asyncio.sleep(_POLL_S)
-            else:
-                return
+    # What a copy that runs needs beyond that (`understudy_drbd.speculating`).
+
+    async def _memory_epoch(self) -> int:
+        return self._held  # 0: none
+
+    async def _let_go(self) -> None:
+        # Nobody uses a cut any more.
+        return
+
+    async def _strayed(self) -> bool:
+        # Is something in the cut that DRBD has not seen?
+        return False
+
+    async def _hand_over(self) -> None:
+        # DRBD is primary, its disk is the copy's.
+        return
 
     async def teardown(self, verdict: Verdict) -> None:
         """Remove the cuts. A disk that took over looks for its peer again; one that did not in the end, copies it.
@@ -205,7 +234,7 @@ class SecondaryDisk(ProtectedDevice):
                 await self._come_back()
             await self._control.connect(discard_mine=verdict is Verdict.DISCARD)
             self._left = False
-        await threads.run(self._volume.close, timeout_s=_MAPPER_S)
+        await threads.run(self._volume.close, timeout_s=MAPPER_S)
         self._mapper.close()
 
     async def _come_back(self) -> None:
@@ -221,3 +250,24 @@ class SecondaryDisk(ProtectedDevice):
     def counters(self) -> Mapping[str, int | float]:
         """Return how long the last cut took and how many are kept."""
         return {"cut_ns": self._cut_ns, "kept_cuts": len(self._cuts)}
+
+
+async def patiently(call: Callable[..., T], *arguments: object) -> T:
+    """Do something of the device mapper's that must wait until nobody has a device open any more.
+
+    Args:
+        call: Blocks; raises `InUse` as long as somebody has it open.
+        arguments: Passed to it.
+
+    Raises:
+        InUse: Somebody still has it open after some seconds.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _RELEASE_S
+    while True:
+        try:
+            return await threads.run(call, *arguments, timeout_s=MAPPER_S)
+        except InUse:
+            if loop.time() > until:
+                raise
+            await asyncio.sleep(_POLL_S)

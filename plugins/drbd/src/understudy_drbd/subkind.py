@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,14 +23,20 @@ from understudy.device import (
     SweepContext,
     Verdict,
 )
+from understudy.errors import UnderstudyError
+from understudy.services import SPECULATION
 from understudy_drbd.control import DISK_KEYS, Control, disk_path, threads
+from understudy_drbd.copydevice import remove_left
 from understudy_drbd.dm import Mapper, MapperRefused
-from understudy_drbd.findings import of_configuration, of_pool, of_state, of_version, of_volume
+from understudy_drbd.findings import of_configuration, of_disk, of_pool, of_state, of_version, of_volume
 from understudy_drbd.primary import PrimaryDisk, rejoin
 from understudy_drbd.secondary import SecondaryDisk
-from understudy_drbd.thin import NotThin, PoolState, ThinVolume
+from understudy_drbd.speculating import SpeculatingDisk
+from understudy_drbd.thin import InUse, NotThin, PoolState, ThinVolume
 
 __all__ = ["DRBD", "NAME"]
+
+_log = logging.getLogger(__name__)
 
 NAME: Final = "drbd"
 
@@ -43,9 +50,9 @@ async def _claimed(device: DeviceInfo) -> Control | Decline:
         return Decline(
             f"{device.hypervisor} does not tell what it is on the host (any of {', '.join(DISK_KEYS)})"
         )
-    if device.hypervisor == _QEMU:
-        # QEMU's copy runs from every checkpoint on, and needs a disk of its own for that.
-        return Decline("QEMU's copy cannot be made of it; its own block replication needs no DRBD")
+    if device.hypervisor == _QEMU and device.subkind != NAME:
+        # QEMU's own block replication takes any disk, and needs no DRBD.
+        return Decline(f'under QEMU only a disk with subkind = "{NAME}" is protected by DRBD')
     control = await Control.find(path)
     if control is None:
         would = "on one, with a thin volume below it on both hosts, this subkind would protect it"
@@ -57,8 +64,12 @@ async def _open(context: OpenContext) -> ProtectedDevice | Decline:
     control = await _claimed(context.device)
     if isinstance(control, Decline):
         return control
+    subject = f"{context.device.name} on the {context.side.value}"
+    for finding in of_disk(subject, context.device.properties):
+        raise UnderstudyError(f"{finding.subject}: {finding.problem} {finding.remedy}")
     if context.side is ReplicationMode.SECONDARY:
-        return await SecondaryDisk.open(context, control)
+        kind = SpeculatingDisk if context.services.has(SPECULATION) else SecondaryDisk
+        return await kind.open(context, control)
     return await PrimaryDisk.open(context, control)
 
 
@@ -67,8 +78,9 @@ async def _probe(context: ProbeContext) -> Sequence[Finding] | Decline:
     if isinstance(control, Decline):
         return control
     subject = f"{context.device.name} on the {context.side.value}"
-    resource, side = control.resource, context.side
+    resource, side, device = control.resource, context.side, context.device
     findings = [*of_version(subject, control.version), *of_configuration(subject, resource)]
+    findings += of_disk(subject, device.properties)
     findings += of_state(subject, resource, await control.state(), side)
     try:
         volume, pool = await threads.run(_look_below, resource.disk, timeout_s=_LOOK_S)
@@ -99,6 +111,12 @@ async def _sweep(context: SweepContext) -> Sequence[str]:
         if control is None:
             continue
         name = control.resource.name
+        try:
+            if await threads.run(remove_left, control.resource.minor, timeout_s=_LOOK_S):
+                done.append(f"removed the device that a copy had in place of DRBD resource {name}")
+        except InUse as error:
+            # A guest that took over runs from it; it is DRBD itself.
+            _log.warning("DRBD resource %s: %s", name, error)
         left = await threads.run(_clear_below, control.resource.disk, timeout_s=_LOOK_S)
         if left:
             done.append(f"removed the checkpoints of {control.resource.disk} below DRBD resource {name}")
