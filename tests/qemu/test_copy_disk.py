@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.qemu.conftest import Bed
 from tests.qemu.pair import GUEST, QEMU, SIZE_BYTES, Host, boot_sector, need_qemu
 from understudy.device import Mode
 from understudy.hypervisor import Protection
@@ -98,3 +99,26 @@ async def test_a_disk_that_cannot_move_stays(host: RawHost) -> None:
         await settle_disk(qemu, disk)
     await host.counts_on(2)
     assert "disk0-copy" in (await Inventory.take(qemu.monitor)).nodes
+
+
+async def test_the_janitor_finishes_what_a_dead_agent_began(bed: Bed) -> None:
+    first = bed.agent()
+    config = bed.guest(disk=[{"path": "counter-disk0.raw", "subkind": "elsewhere"}])
+    [disk] = config.disks
+    elsewhere = bed.root / "elsewhere"
+    shutil.copyfile(disk.path, elsewhere)
+    drives = {disk.name: CopyDrive(disk, elsewhere)}
+    qemu = await first.launch(config, drives, accel=Accel.TCG, copy=False)
+    await qemu.monitor.execute("cont")
+    await bed.counts(config)
+    await qemu.monitor.execute("stop")
+    shutil.copyfile(elsewhere, disk.path)
+    await bed.crash(first)
+
+    second = bed.agent()
+    moved, resumed = await second.sweep(config, bed.alone())
+    assert f"was still on the device that its copy had: put on {disk.path}" in moved
+    assert "it runs again" in resumed
+    elsewhere.unlink()
+    await bed.counts(config)
+    assert await second.sweep(config, bed.alone()) == []
