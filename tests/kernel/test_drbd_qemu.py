@@ -40,7 +40,7 @@ from understudy_qemu.guestfile import QemuConfig, parse_config
 pytestmark = [
     pytest.mark.kernel(memory_mib=1500, outside=build),
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(rounds(300, 1500)),
 ]
 
 NODES = {"alpha": PRIMARY, "beta": SECONDARY}

@@ -1,0 +1,256 @@
+"""Two hosts as a site has them, each a kernel of its own: an agent, a bridge, a thin pool, DRBD, and QEMU.
+
+A host's disks and its agent's state outlive its crash; everything else is made anew, as at any boot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.testbeds.kernel.machine import KernelDied
+from tests.testbeds.kernel.pair import Host, Pair
+from understudy_qemu.demo.chain import DiskCheck, Greeting, check_disk
+from understudy_qemu.demo.tinyguest import TinyGuest
+
+GUEST = "demo"
+DISKS_MIB = (4, 64)
+_VOLUME_SECTORS = 8 * 2048
+_POOL_SECTORS = DISKS_MIB[1] * 2048
+_BOOT_S = 90.0
+_STEP_S = 90.0
+
+_HOST = f"""
+ip address flush dev vec0
+ip link add br0 type bridge stp_state 0 forward_delay 0
+ip link set vec0 master br0
+ip address add $1/24 dev br0
+ip link set br0 up
+ip netns add client
+ip link add port type veth peer name eth0 netns client
+ip link set port master br0 up
+ip -n client address add 10.77.0.$2/24 dev eth0
+ip -n client link set eth0 up
+modprobe -a dm-mod dm-thin-pool
+modprobe drbd usermode_helper=/bin/true
+dmsetup create pool --table "0 {_POOL_SECTORS} thin-pool /dev/ubda /dev/ubdb 128 0 1 skip_block_zeroing"
+"""
+_FIRST = """
+dmsetup message pool 0 "create_thin 1"
+"""
+_VOLUME = f"""
+dmsetup create volume --table "0 {_VOLUME_SECTORS} thin /dev/mapper/pool 1"
+"""
+_DRBD = """
+global { usage-count no; }
+common {
+  net { protocol C; ping-int 1; ping-timeout 5; timeout 10; connect-int 1; }
+  disk { resync-rate 200M; c-plan-ahead 0; }
+}
+resource r0 { device minor 0; disk /dev/mapper/volume; meta-disk internal;
+  on alpha { address 10.9.0.1:7788; }
+  on beta { address 10.9.0.2:7788; } }
+"""
+
+
+class Client:
+    """A client in a host's network, whose replies are read from outside.
+
+    Args:
+        host: Where it runs.
+        name: Of its file there.
+    """
+
+    def __init__(self, host: Host, name: str) -> None:
+        self._host = host
+        self._file = f"/run/{name}.jsonl"
+        line = f"exec ip netns exec client {sys.executable} -m understudy_qemu.demo.client"
+        line += f" --interval-ms 30 --timeout-s 60 >{self._file}"
+        self.process = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
+        # It dies with its host, or when the hosts are ended.
+        self.process.add_done_callback(lambda process: process.cancelled() or process.exception())
+
+    async def lines(self) -> list[dict[str, Any]]:
+        """Return what it has said until now."""
+        said = (await self._host.run("cat", self._file, check=False)).output
+        return [json.loads(line) for line in said.split("\n")[:-1]]
+
+    async def replies(self, more: int, timeout_s: float = 90.0) -> list[dict[str, Any]]:
+        """Wait for `more` replies from now on; return all lines."""
+        wanted = None
+        async with asyncio.timeout(timeout_s):
+            while True:
+                lines = await self.lines()
+                answered = sum("n" in line for line in lines)
+                wanted = answered + more if wanted is None else wanted
+                if answered >= wanted:
+                    return lines
+                assert not [line for line in lines if "summary" in line], lines[-3:]
+                await asyncio.sleep(0.2)
+
+
+class Stack:
+    """The two hosts and their guest.
+
+    Args:
+        pair: The kernels.
+        guest: The tiny guest.
+    """
+
+    def __init__(self, pair: Pair, guest: TinyGuest) -> None:
+        self.pair = pair
+        self._guest = guest
+        self._agents: dict[str, asyncio.Task[Any]] = {}
+
+    async def make(self) -> None:
+        """Make both hosts, the mirror with alpha as its primary, and start both agents."""
+        for host in (self.pair.alpha, self.pair.beta):
+            self._write_files(host)
+            await self._boot(host, first=True)
+        alpha = self.pair.alpha
+        await self._sh(alpha, "until [ $(drbdadm cstate r0) = Connected ]; do sleep 0.1; done")
+        await self._sh(alpha, "drbdadm new-current-uuid --clear-bitmap r0; drbdadm primary r0")
+        await self.mirrored(alpha)
+        for host in (self.pair.alpha, self.pair.beta):
+            await self._linked(host)
+
+    def other(self, host: Host) -> Host:
+        """Return the other host."""
+        return self.pair.beta if host is self.pair.alpha else self.pair.alpha
+
+    def _write_files(self, host: Host) -> None:
+        peer = self.other(host)
+        (host.directory / "guests").mkdir()
+        (host.directory / "agent.toml").write_text(
+            f"""
+host = "{host.name}"
+insecure = true
+[listen]
+address = "{host.address}"
+[peers.{peer.name}]
+address = "{peer.address}"
+[directories]
+guests = "{host.directory}/guests"
+state = "{host.directory}/state"
+[arbiter]
+kind = "directory"
+path = "{self.pair.common}/arbiter"
+[limits]
+heartbeat_limit_ms = 4000
+"""
+        )
+        (host.directory / "guests" / f"{GUEST}.toml").write_text(
+            f"""
+name = "{GUEST}"
+hypervisor = "qemu"
+machine = "pc"
+memory = "128MiB"
+kernel = "{self._guest.kernel}"
+initrd = "{self._guest.initrd}"
+cmdline = "{self._guest.cmdline(["10.77.0.2/24"], draw=0)}"
+[[disk]]
+path = "/dev/drbd0"
+format = "raw"
+cache = "none"
+subkind = "drbd"
+[[nic]]
+bridge = "br0"
+mac = "52:54:00:77:00:02"
+[protection]
+mode = "remus"
+interval = "fixed"
+[protection.interval_options]
+period_ms = 200
+"""
+        )
+
+    async def _boot(self, host: Host, *, first: bool) -> None:
+        number = host.address.rpartition(".")[2]
+        script = _HOST + (_FIRST if first else "") + _VOLUME
+        await host.run("sh", "-ec", script, "sh", host.address, f"{10 + int(number)}")
+        await host.run("sh", "-ec", "cat >/etc/drbd.conf", text=_DRBD)
+        if first:
+            await self._sh(host, "drbdadm create-md --force r0")
+        await self._sh(host, "drbdadm up r0")
+        command = (sys.executable, "-m", "understudy", "agent", "run", "--config", self._config(host))
+        line = f"exec {' '.join(map(str, command))} >>/run/agent.log 2>&1"
+        self._agents[host.name] = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
+
+    async def comes_back(self, host: Host) -> None:
+        """Boot a host that crashed, its mirror and its agent, and see both whole."""
+        await self.pair.start(host)
+        await self._boot(host, first=False)
+        await self.mirrored(self.other(host))
+        await self._linked(host)
+
+    async def crash(self, host: Host) -> None:
+        """Kill a host's kernel."""
+        await self.pair.crash(host)
+        agent = self._agents.pop(host.name)
+        await asyncio.wait({agent})
+        assert isinstance(agent.exception(), KernelDied)
+
+    @staticmethod
+    def _config(host: Host) -> Path:
+        return host.directory / "agent.toml"
+
+    async def _sh(self, host: Host, text: str) -> None:
+        await host.run("sh", "-ec", text)
+
+    async def mirrored(self, host: Host) -> None:
+        """Wait until every write is on both hosts."""
+        await self._sh(host, "until drbdadm dstate r0 | grep -q ^UpToDate/UpToDate; do sleep 0.1; done")
+
+    # --- Commands ------------------------------------------------------------------------------------------------
+
+    async def command(self, host: Host, verb: str, *arguments: str) -> Any:
+        """Run ``understudy VERB …`` on a host; return what it printed."""
+        argv = (sys.executable, "-m", "understudy", verb, *arguments, "--format", "json")
+        done = await host.run(*argv, "--config", self._config(host), check=False, timeout_s=_STEP_S)
+        assert not done.status, f"{verb} on {host.name}: {done.output}{done.errors}{await self.log(host)}"
+        return json.loads(done.output)
+
+    async def log(self, host: Host) -> str:
+        """Return the end of the agent's log."""
+        return (await host.run("tail", "-n", "25", "/run/agent.log", check=False)).output
+
+    async def _linked(self, host: Host) -> None:
+        limit = time.monotonic() + _BOOT_S
+        argv = (sys.executable, "-m", "understudy", "status", "--format", "json", "--config")
+        while True:
+            done = await host.run(*argv, self._config(host), check=False)
+            if not done.status and all(peer["up"] for peer in json.loads(done.output)["peers"]):
+                return
+            assert time.monotonic() < limit, f"{host.name}: {done.output}{done.errors}{await self.log(host)}"
+            await asyncio.sleep(0.2)
+
+    async def becomes(self, host: Host, state: str) -> None:
+        """Wait until an agent says that the guest is in a state."""
+        limit = time.monotonic() + _STEP_S
+        while True:
+            rows = [row for row in (await self.command(host, "list"))["guests"] if row["host"] == host.name]
+            if rows and rows[0].get("state") == state:
+                return
+            assert time.monotonic() < limit, f"{host.name} says {rows}; {await self.log(host)}"
+            await asyncio.sleep(0.2)
+
+    async def without(self, host: Host, word: str, *argv: str) -> None:
+        """Wait until a command on a host does not say `word` any more."""
+        limit = time.monotonic() + _STEP_S
+        while word in (said := (await host.run(*argv)).output):
+            assert time.monotonic() < limit, f"{host.name}: {said}; {await self.log(host)}"
+            await asyncio.sleep(0.2)
+
+    # --- The disk ------------------------------------------------------------------------------------------------
+
+    async def check_disk(self, host: Host, lines: list[dict[str, Any]]) -> DiskCheck:
+        """Check a host's disk against what a client was told until now."""
+        copy = host.directory / "disk.raw"
+        await self._sh(host, f"dd if=/dev/drbd0 of={copy} bs=1M iflag=direct conv=fsync status=none")
+        told = {line["n"]: line["hash"] for line in lines if "hash" in line}
+        greeting = Greeting(**next(line["greeting"] for line in lines if "greeting" in line))
+        return check_disk(copy.read_bytes(), greeting, told, 0)
