@@ -69,10 +69,9 @@ class Client:
         self._host = host
         self._file = f"/run/{name}.jsonl"
         line = f"exec ip netns exec client {sys.executable} -m understudy_qemu.demo.client"
-        line += f" --interval-ms 30 --timeout-s 60 >{self._file}"
+        line += f" --interval-ms 30 --timeout-s 60 --connect-timeout-s {_BOOT_S:g} >{self._file}"
         self.process = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
-        # It dies with its host, or when the hosts are ended.
-        self.process.add_done_callback(lambda process: process.cancelled() or process.exception())
+        self.process.add_done_callback(_hear)
 
     async def lines(self) -> list[dict[str, Any]]:
         """Return what it has said until now."""
@@ -91,6 +90,12 @@ class Client:
                     return lines
                 assert not [line for line in lines if "summary" in line], lines[-3:]
                 await asyncio.sleep(0.2)
+
+
+def _hear(process: asyncio.Task[Any]) -> None:
+    # One that dies with its host, as it is to, is asked by nobody else.
+    if not process.cancelled():
+        process.exception()
 
 
 class Stack:
@@ -178,7 +183,9 @@ period_ms = 200
         await self._sh(host, "drbdadm up r0")
         command = (sys.executable, "-m", "understudy", "agent", "run", "--config", self._config(host))
         line = f"exec {' '.join(map(str, command))} >>/run/agent.log 2>&1"
-        self._agents[host.name] = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
+        agent = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
+        agent.add_done_callback(_hear)
+        self._agents[host.name] = agent
 
     async def comes_back(self, host: Host) -> None:
         """Boot a host that crashed, its mirror and its agent, and see both whole."""

@@ -35,11 +35,14 @@ async def stack() -> AsyncIterator[Stack]:
 
 
 async def test_both_hosts_die_one_after_the_other(stack: Stack) -> None:
-    chance = random.Random(os.environ.get("UNDERSTUDY_SEED"))
+    seed = int(os.environ.get("UNDERSTUDY_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
+    print(f"UNDERSTUDY_SEED={seed}")  # noqa: T201 - pytest shows it with a failure
+    chance = random.Random(seed)
     here, there = stack.pair.alpha, stack.pair.beta
     await stack.command(here, "start", GUEST)
     for number in range(rounds(2, 10)):
         client = Client(there, f"client{number}")
+        await client.replies(2)  # the guest has booted
         await stack.command(here, "protect", GUEST)
         await client.replies(5)
         assert "qdisc plug" in (await here.run("tc", "qdisc", "show")).output
