@@ -168,7 +168,7 @@ async def test_kills_at_random_moments(mode: str, draw: int, tmp_path: Path) -> 
 async def kill_at_random_moments(bed: Bed) -> None:
     chance = seeded()
     primary, standby = "alpha", "beta"
-    for _ in range(rounds(5, 20)):
+    for _ in range(rounds(3, 20)):
         await bed.protect(primary)
         await asyncio.sleep(chance.uniform(0.1, 1.5))
         since_ns = time.monotonic_ns()
