@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -191,3 +192,22 @@ async def test_a_monitor_without_out_of_band_commands_is_refused(tmp_path: Path)
         server.greeting = server.greeting.replace(b'"oob"', b"")
         with pytest.raises(HypervisorError, match="cannot run commands out of band"):
             await OutOfBand.connect(tmp_path / "qmp", name="web")
+
+
+async def test_a_close_while_the_connection_breaks_leaves_no_error_that_nobody_saw(
+    server: QmpServer, tmp_path: Path
+) -> None:
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    for turns in range(20):
+        monitor = await QemuMonitor.connect(tmp_path / "qmp", name="web")
+        server.hang_up()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await monitor.close()
+        del monitor
+        # Until whatever still runs has ended and was thrown away.
+        for _ in range(20):
+            await asyncio.sleep(0)
+        gc.collect()
+    assert not complaints

@@ -35,6 +35,7 @@ DEADLINE_S = 10.0  #: for a command, unless its caller knows better
 CONNECT_S = 10.0  #: for the greeting and the capabilities
 EVENTS_KEPT = 10_000  #: how many events a subscriber may lag behind; a checkpoint makes two
 _RETRY_S = 0.01
+_DROP_S = 1.0
 _SOCKET_PATH_MAX = 107
 
 # The library logs each attempt to connect, each error that it raises too, and a cancelled attempt as its own bug.
@@ -72,6 +73,7 @@ class _Connection:
         self._describe = describe
         self._cause: HypervisorError | None = None
         self._closed = False
+        self._dropping: asyncio.Future[None] | None = None
         self._client = QMPClient()
         self._client.logger = _quiet
         # The client's own listener keeps every event for ever.
@@ -161,10 +163,16 @@ class _Connection:
             self._cause = cause
 
     async def _drop(self) -> None:
-        # disconnect() raises what ended the connection, which is known by now.
+        # Once, in a task of its own: the client leaves behind an error that nobody looks at when a call of its
+        # disconnect() is cancelled, as that of the watcher is by `close`.
+        if self._dropping is None:
+            self._dropping = asyncio.ensure_future(self._disconnect())
+        await asyncio.wait({self._dropping}, timeout=_DROP_S)
+
+    async def _disconnect(self) -> None:
+        # It raises what ended the connection, which is known by now.
         with suppress(Exception):
-            async with asyncio.timeout(1.0):
-                await self._client.disconnect()
+            await self._client.disconnect()
 
 
 class _Subscription:
