@@ -13,9 +13,10 @@ from pathlib import Path
 
 from understudy_qemu.demo.lab import HOSTS
 from understudy_qemu.demo.pair import GUEST, GuestPlan, Pair
+from understudy_qemu.demo.talk import Talk
 from understudy_qemu.demo.tinyguest import build_guest
 
-__all__ = ["ENVIRONMENT", "MONITOR", "PRIMARY", "STANDBY", "guest_pair", "kill_agents"]
+__all__ = ["ENVIRONMENT", "MONITOR", "PRIMARY", "STANDBY", "guest_is_up", "guest_pair", "kill_agents"]
 
 PRIMARY, STANDBY = HOSTS
 #: The guest's monitor, inside a host.
@@ -43,6 +44,12 @@ async def guest_pair(plan: GuestPlan) -> AsyncIterator[Pair]:
             yield pair
     finally:
         await asyncio.to_thread(shutil.rmtree, root, ignore_errors=True)
+
+
+async def guest_is_up(pair: Pair) -> None:
+    """Wait until the guest has answered a client, and leave it alone again."""
+    talk = await Talk.begin(pair.lab)
+    await talk.end()
 
 
 def kill_agents(pair: Pair, hosts: Collection[str]) -> None:

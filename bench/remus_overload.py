@@ -20,10 +20,9 @@ from typing import Any
 
 from bench.echoes import SLICE_NS
 from bench.figures import Figure
-from bench.lab import ENVIRONMENT, PRIMARY, guest_pair
+from bench.lab import ENVIRONMENT, PRIMARY, guest_is_up, guest_pair
 from understudy_qemu.demo.lab import stop
 from understudy_qemu.demo.pair import GUEST, GuestPlan, Pair
-from understudy_qemu.demo.talk import Talk
 from understudy_qemu.heldnic import QUEUE_PACKETS
 
 __all__ = ["measure"]
@@ -82,8 +81,7 @@ def measure(measure_s: float = _MEASURE_S) -> list[Figure]:
 
 async def _measure(measure_s: float) -> list[Figure]:
     async with guest_pair(GuestPlan(mode="remus")) as pair:
-        talk = await Talk.begin(pair.lab)
-        await talk.end()  # the guest is up
+        await guest_is_up(pair)
         async with _client(pair) as client, asyncio.timeout(_LIMIT_S + 2 * measure_s):
             client.rate(_RATE_HZ)
             await asyncio.sleep(_SETTLE_S)

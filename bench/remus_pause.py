@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.figures import Figure
-from bench.lab import ENVIRONMENT, MONITOR, PRIMARY, STANDBY, guest_pair, kill_agents
+from bench.lab import ENVIRONMENT, MONITOR, PRIMARY, STANDBY, guest_is_up, guest_pair, kill_agents
 from understudy_qemu.demo.pair import GUEST, GuestPlan, Pair
-from understudy_qemu.demo.talk import Talk
 
 __all__ = ["measure"]
 
@@ -97,7 +96,6 @@ async def _by_script(pair: Pair, checkpoints: int, run_ms: float) -> dict[str, l
 
 
 async def _protect(pair: Pair) -> None:
-    talk = await Talk.begin(pair.lab)
-    await talk.end()  # the guest is up
+    await guest_is_up(pair)
     await pair.command(PRIMARY, "protect", GUEST)
     await asyncio.sleep(_SETTLE_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from tests.kernel.drbdpair import (
     Session,
     Straight,
     differences,
-    drbd_pair,
 )
 from tests.kernel.thinpool import run
 from tests.testbeds.rounds import rounds
@@ -39,18 +38,6 @@ from understudy_drbd.secondary import SecondaryDisk
 from understudy_drbd.subkind import DRBD
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DrbdPair]:
-    with drbd_pair(tmp_path_factory.mktemp("drbd")) as pair:
-        yield pair
-
-
-@pytest.fixture
-async def pair(made: DrbdPair) -> DrbdPair:
-    await made.begin()
-    return made
 
 
 @pytest.mark.parametrize("seed", range(rounds(2, 10)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.kernel.drbdpair import SECONDARY, DrbdPair, drbd_pair
+from tests.kernel.drbdpair import SECONDARY, DrbdPair
 from tests.testbeds.rounds import LONG
 from understudy.device import OpenContext, Peer, ReplicationMode
 from understudy.testing.subkind_kit import SubkindBed, check_subkind
@@ -17,12 +17,6 @@ from understudy_drbd.subkind import DRBD
 from understudy_drbd.thin import ThinVolume
 
 pytestmark = pytest.mark.kernel
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DrbdPair]:
-    with drbd_pair(tmp_path_factory.mktemp("drbd")) as pair:
-        yield pair
 
 
 class Bed(SubkindBed):

@@ -8,7 +8,6 @@ end. The controls are the same with the gate but without the way back of the dis
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -21,12 +20,11 @@ from tests.kernel.drbdpair import PRIMARY, SECONDARY, DrbdPair, drbd_pair
 from tests.kernel.test_guest_behind_plug import NOTHING, FreeHost, build
 from tests.kernel.thinpool import run
 from tests.qemu.guestnet import Client, GuestNet
-from tests.qemu.pair import GUEST, GroupPhases
+from tests.qemu.pair import GroupPhases
 from tests.qemu.test_controls import HeldSession, by_steps, greeting, lose_primary
 from tests.testbeds.bed import missing_for_qemu, need
 from tests.testbeds.rounds import rounds
 from understudy.device import Mode, Subkind
-from understudy.hypervisor import Protection
 from understudy_drbd.dm import MapperRefused
 from understudy_drbd.subkind import DRBD
 from understudy_drbd.thin import ThinVolume
@@ -35,7 +33,6 @@ from understudy_qemu import network
 from understudy_qemu.accel import Accel
 from understudy_qemu.demo.chain import DiskCheck, check_disk
 from understudy_qemu.demo.tinyguest import build_guest
-from understudy_qemu.guestfile import QemuConfig, parse_config
 
 pytestmark = [
     pytest.mark.kernel(memory_mib=1500, outside=build),
@@ -51,21 +48,9 @@ class DrbdHost(FreeHost):
 
     device: Path
 
-    @functools.cached_property
-    def config(self) -> QemuConfig:
-        self.root.mkdir(exist_ok=True)
-        disk = {"path": str(self.device), "format": "raw", "cache": "none", "subkind": "drbd"}
-        table: dict[str, Any] = {
-            "memory": "128MiB",
-            "accel": self.accel.value,
-            "kernel": str(self.bed.guest.kernel),
-            "initrd": str(self.bed.guest.initrd),
-            "cmdline": self.bed.guest.cmdline(["10.77.0.2/24"], draw=0),
-            "disk": [disk],
-            "nic": [{"bridge": self.bed.bridges[0]}],
-        }
-        source, protection = self.root / "guest.toml", Protection(mode=Mode.REMUS)
-        return parse_config(table, name=GUEST, source=source, protection=protection, host=self.name)
+    def disk_tables(self) -> list[dict[str, Any]]:
+        """Return the entry of the DRBD device."""
+        return [{"path": str(self.device), "format": "raw", "cache": "none", "subkind": "drbd"}]
 
     def make_images(self) -> None:
         """Do nothing: DRBD is there."""

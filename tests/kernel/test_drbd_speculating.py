@@ -24,7 +24,6 @@ from tests.kernel.drbdpair import (
     Session,
     Straight,
     differences,
-    drbd_pair,
 )
 from tests.kernel.test_drbd_contract import Bed
 from tests.kernel.thinpool import run
@@ -91,18 +90,6 @@ class Copy:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DrbdPair]:
-    with drbd_pair(tmp_path_factory.mktemp("drbd")) as pair:
-        yield pair
-
-
-@pytest.fixture
-async def pair(made: DrbdPair) -> DrbdPair:
-    await made.begin()
-    return made
 
 
 @pytest.fixture

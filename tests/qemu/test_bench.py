@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from bench import remus
 from bench.echoes import Echoes
 from bench.lab import guest_pair
+from tests.qemu.test_lab import alive
 from tests.testbeds.bed import missing_for_qemu, need
 from understudy_qemu.demo.pair import GuestPlan
 
@@ -37,14 +37,6 @@ async def test_a_benchmark_that_fails_leaves_nothing_behind() -> None:
     assert any(words and "qemu-system" in words[0] for words in running.values())
     assert not [pid for pid in running if alive(pid)]
     assert not [root for root in roots if root.exists()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_a_protected_guest_is_measured_beside_itself() -> None:

@@ -42,6 +42,10 @@ class HeldHost(NetHost):
     subkind = "filter-buffer"
     patience_s: ClassVar[int] = 12  #: of a client that may be lost
 
+    def disk_tables(self) -> list[dict[str, Any]]:
+        """Return the entries of the disks in the guest file."""
+        return [{"path": f"disk{number}.qcow2"} for number in range(2)]
+
     @functools.cached_property
     def config(self) -> QemuConfig:
         self.root.mkdir(exist_ok=True)
@@ -51,7 +55,7 @@ class HeldHost(NetHost):
             "kernel": str(self.bed.guest.kernel),
             "initrd": str(self.bed.guest.initrd),
             "cmdline": self.bed.guest.cmdline(["10.77.0.2/24"], draw=0),
-            "disk": [{"path": f"disk{number}.qcow2"} for number in range(2)],
+            "disk": self.disk_tables(),
             "nic": [{"bridge": self.bed.bridges[0], "subkind": self.subkind}],
         }
         source, protection = self.root / "guest.toml", Protection(mode=Mode.REMUS)

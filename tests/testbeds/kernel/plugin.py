@@ -115,7 +115,7 @@ class Outside:
             )
             marks = [mark for mark in found if mark is not None]
             try:
-                for prepare in {mark.kwargs.get("outside", _nothing) for mark in marks}:
+                for prepare in {mark.kwargs["outside"] for mark in marks if "outside" in mark.kwargs}:
                     _prepare(prepare)
                 sizes = [mark.kwargs.get("memory_mib", MEMORY_MIB) for mark in marks]
                 self._bed = ModuleBed(self._config, item.path, max(sizes))
@@ -135,14 +135,10 @@ def _is_ours(item: pytest.Item) -> bool:
     return item.get_closest_marker("kernel") is not None
 
 
-def _nothing() -> None:
-    pass
-
-
 def _prepare(prepare: Callable[[], object]) -> None:
     try:
         prepare()
-    except Exception as problem:
+    except Exception as problem:  # whatever it is, it is told as the failure of the test
         raise NotPrepared(f"outside, before the kernel was booted: {problem}") from problem
 
 

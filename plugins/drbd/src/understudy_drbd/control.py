@@ -31,6 +31,8 @@ DISK_KEYS: Final = ("path", "pdev_path")
 
 MAJOR: Final = 147  #: device number of DRBD's block devices; Linux Documentation/admin-guide/devices.txt
 
+MAPPER_S: Final = 5.0  #: for what the device mapper does without waiting for a disk
+
 _TOOL_S: Final = 20.0
 _LOOK_S: Final = 2.0
 _POLL_S: Final = 0.02

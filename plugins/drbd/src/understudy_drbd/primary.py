@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from understudy.device import OpenContext, Peer, ProtectedDevice, ReplicationMode, Verdict
 from understudy.errors import UnderstudyError
-from understudy_drbd.control import Control, threads
+from understudy_drbd.control import MAPPER_S, Control, threads
 from understudy_drbd.copydevice import remove_left
 
 __all__ = ["PrimaryDisk", "rejoin"]
@@ -25,7 +25,6 @@ __all__ = ["PrimaryDisk", "rejoin"]
 _log = logging.getLogger(__name__)
 
 _PEER_S = 10.0
-_MAPPER_S = 5.0
 
 
 class PrimaryDisk(ProtectedDevice):
@@ -165,7 +164,7 @@ async def rejoin(control: Control) -> bool:
     if state.connection == "Connected" and state.peer_role == "Secondary":
         return False  # the other host has not left this mirror, so it did not go on
     # Of a guest that took over here once, and whose agent died before it had DRBD itself.
-    await threads.run(remove_left, control.resource.minor, timeout_s=_MAPPER_S)
+    await threads.run(remove_left, control.resource.minor, timeout_s=MAPPER_S)
     await control.disconnect()
     await control.distrust_peer()
     await control.demote()

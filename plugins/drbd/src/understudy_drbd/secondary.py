@@ -25,19 +25,18 @@ from typing import Any, Final, Self, TypeVar
 
 from understudy.device import OpenContext, ProtectedDevice, Verdict
 from understudy.errors import StateError, UnderstudyError
-from understudy_drbd.control import Control, threads
+from understudy_drbd.control import MAPPER_S, Control, threads
 from understudy_drbd.copydevice import CopyDevice
 from understudy_drbd.dm import Mapper
 from understudy_drbd.thin import InUse, ThinVolume
 
-__all__ = ["MAPPER_S", "SecondaryDisk", "patiently"]
+__all__ = ["SecondaryDisk", "patiently"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 _CUT_S: Final = 5.0  # a cut waits for the writes that the disk below is at
-MAPPER_S: Final = 5.0  #: for what the device mapper does without waiting for a disk
 _RELEASE_S: Final = (
     5.0  # how long somebody who looks at a device that changed, such as udev, may hold it open
 )

@@ -29,10 +29,10 @@ from typing import Final
 from understudy.device import OpenContext, Verdict
 from understudy.errors import StateError, UnderstudyError
 from understudy.services import SPECULATION, Speculation
-from understudy_drbd.control import MAJOR, Control, threads
+from understudy_drbd.control import MAJOR, MAPPER_S, Control, threads
 from understudy_drbd.copydevice import CopyDevice, usable_sectors
 from understudy_drbd.dm import Mapper
-from understudy_drbd.secondary import MAPPER_S, SecondaryDisk, patiently
+from understudy_drbd.secondary import SecondaryDisk, patiently
 from understudy_drbd.thin import ThinVolume
 
 __all__ = ["SpeculatingDisk"]

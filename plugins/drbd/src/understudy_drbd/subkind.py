@@ -65,7 +65,8 @@ async def _open(context: OpenContext) -> ProtectedDevice | Decline:
     if isinstance(control, Decline):
         return control
     subject = f"{context.device.name} on the {context.side.value}"
-    for finding in of_disk(subject, context.device.properties):
+    finding = next(of_disk(subject, context.device.properties), None)
+    if finding is not None:
         raise UnderstudyError(f"{finding.subject}: {finding.problem} {finding.remedy}")
     if context.side is ReplicationMode.SECONDARY:
         kind = SpeculatingDisk if context.services.has(SPECULATION) else SecondaryDisk

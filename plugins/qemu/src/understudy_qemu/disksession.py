@@ -1,4 +1,4 @@
-"""What the disks of one guest share during one session, on one host: the NBD server, the watch for faults, the yank.
+"""What the disks of one guest share during one session, on one host: the NBD server, the watch for faults, the cut.
 
 QEMU has one NBD server and one global answer to whether replication failed, however many disks there are. The domain
 makes one `DiskSession` and offers it to the disk subkinds as the service `DISKS`.
@@ -266,7 +266,7 @@ class DiskSession:
 
     @property
     def clients(self) -> frozenset[str]:
-        """Node names of the NBD clients, as QEMU's ``yank`` wants them."""
+        """Node names of the NBD clients."""
         return frozenset(self._clients)
 
     async def connect(self, node: str, host: str, port: int, export: str, *, timeout_s: float) -> None:
