@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from tests.qemu.pair import Host, Session, need_qemu
 from understudy.device import Mode
@@ -16,6 +16,7 @@ from understudy_qemu.accel import Accel
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(180)]
 
 CHECKPOINTS = 40
+ATTEMPTS = 3
 
 
 class BareHost(Host):
@@ -25,10 +26,10 @@ class BareHost(Host):
         return None
 
 
-@pytest_asyncio.fixture
-async def session(tmp_path: Path, kind: type[Host]) -> AsyncIterator[Session]:
+@asynccontextmanager
+async def session(root: Path, kind: type[Host], *names: str) -> AsyncIterator[Session]:
     need_qemu()
-    hosts = [kind(name, tmp_path / name, Accel.TCG, 1) for name in ("alpha", "beta")]
+    hosts = [kind(name, root / name, Accel.TCG, 1) for name in names]
     made: Session | None = None
     try:
         await hosts[0].start()
@@ -47,16 +48,24 @@ async def protect(session: Session, checkpoints: int = CHECKPOINTS) -> int:
     return len(await session.ack(checkpoints))
 
 
-@pytest.mark.parametrize("kind", [Host])
-async def test_checkpoints_go_on(session: Session, kind: type[Host]) -> None:
-    assert await protect(session) == CHECKPOINTS
+async def test_checkpoints_go_on(tmp_path: Path) -> None:
+    async with session(tmp_path, Host, "alpha", "beta") as made:
+        assert await protect(made) == CHECKPOINTS
 
 
-@pytest.mark.parametrize("kind", [BareHost])
-async def test_control_without_the_library_qemu_falls_silent(session: Session, kind: type[Host]) -> None:
-    # A race between two of QEMU's threads: mostly lost within four checkpoints, once won for forty.
-    with pytest.raises((UnderstudyError, TimeoutError)):
-        await protect(session, 25 * CHECKPOINTS)
-    assert session.running.process.alive
-    with pytest.raises(UnderstudyError):
-        await session.running.reconnect()
+async def test_control_without_the_library_qemu_falls_silent(tmp_path: Path) -> None:
+    # A race between two of QEMU's threads: mostly lost within four checkpoints, once won for forty. The thread that
+    # waits gives away a lock that another one holds, so what comes of it is not always the same: once in about fifty
+    # runs checkpoints ended and the monitor still answered. Checkpoints end each time; silence is seen in one of three.
+    ends = []
+    for attempt in range(ATTEMPTS):
+        async with session(tmp_path, BareHost, f"alpha{attempt}", f"beta{attempt}") as made:
+            with pytest.raises((UnderstudyError, TimeoutError)) as ended:
+                await protect(made, 25 * CHECKPOINTS)
+            assert made.running.process.alive
+            try:
+                await made.running.reconnect()
+                ends.append(f"epoch {made.epoch}: {ended.value!r}; {await made.running.status()}")
+            except UnderstudyError:
+                return
+    pytest.fail(f"the monitor answered each time: {ends}")
