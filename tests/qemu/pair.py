@@ -372,6 +372,7 @@ class Session:
         await self.secondary.open_outlet(record(RecordState.ALONE, "beta", generation + 1))
         self.beta.qemu = self.secondary.qemu
         await self.s_group.teardown(Verdict.KEEP)
+        await self.secondary.close()
         return loaded
 
     async def go_on_alone(self) -> None:

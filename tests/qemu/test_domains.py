@@ -71,6 +71,7 @@ async def test_kill_primary(bed: Bed, mode: Mode, disks: int) -> None:
     # What the copy counts on from is the last checkpoint: at most one epoch back, and nothing acknowledged is lost.
     assert session.beta.count() >= at_loss - 10
     assert not list(session.beta.overlays.iterdir())
+    assert not (await traces(session.secondary.qemu))["capabilities"]["x-colo"]
     await survives(session.beta)
 
 

@@ -83,6 +83,7 @@ class DiskSession:
         self._since_ns = time.time_ns()
         self._server = asyncio.Lock()
         self._port = 0
+        self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # no client reaches its server any more
         self._asking: asyncio.Future[str] | None = None
 
@@ -110,6 +111,9 @@ class DiskSession:
         for node in self.clients:
             self.forget_client(node)
         await self._deafen()
+        if self._stopping is not None:
+            self._stopping.cancel()
+            await asyncio.wait({self._stopping})
 
     async def _deafen(self) -> None:
         if self._listener is not None:
@@ -396,6 +400,15 @@ class DiskSession:
                 cut_accepted(pid, self._port)
             except OSError as error:
                 _log.warning("the primary's connections to the disks could not be cut: %s", error)
+
+    def begin_stop(self) -> None:
+        """Begin what `stop_server` does; that waits for it, and asks QEMU again if it failed."""
+
+        async def stop() -> None:
+            with suppress(HypervisorError):
+                await self.stop_server()
+
+        self._stopping = self._stopping or asyncio.create_task(stop(), name="stop of the NBD server")
 
     async def stop_server(self) -> None:
         """Stop the NBD server with all its exports: nothing of the primary reaches the images any more. Idempotent.

@@ -79,6 +79,7 @@ class QemuSecondary(SecondaryDomain):
         self._cable: Cable | None = None
         self._switches: Switches | None = None
         self._pulse: Pulse | None = None
+        self._is_guest = False
         self._timeline = Timeline(ignored=_SPECULATION, count_checkpoints=True, gone=self._cut)
         offered = OfferedMonitor(lambda: self._qemu.monitor if self._qemu is not None else None)
         self._speculation = QemuSpeculation(config, self._timeline)
@@ -167,6 +168,7 @@ class QemuSecondary(SecondaryDomain):
         _log.info(
             "%s: severed (%s), %d checkpoints loaded", self._qemu.name, reason, self._timeline.follower.loaded
         )
+        self._disks.begin_stop()  # the swap that comes next takes about as long
         return self._timeline.follower.loaded
 
     def _left(self) -> bool | None:
@@ -205,25 +207,21 @@ class QemuSecondary(SecondaryDomain):
     async def open_outlet(self, won: Record) -> None:
         """Put the guest's taps on their bridges and announce its addresses."""
         _log.info("%s: takes over by %s", self.qemu.name, won)
-        # A client waits for the network: what else has to be done is done beside it.
+        # A client waits for the network: what else has to be done is done beside it, or in `close`.
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(self._disks.own_images, won.generation))
             group.create_task(self._appear())
-            group.create_task(self._leave_session())
+            group.create_task(self._run())
         self.qemu.become_guest()
+        self._is_guest = True
 
     async def _appear(self) -> None:
         await self._connect()
         await self.qemu.announce()
 
-    async def _leave_session(self) -> None:
+    async def _run(self) -> None:
         if await self.qemu.status() != "running":
             await self._command("cont")
-        await self._close_cable()
-        switches, self._switches = self._switches, None
-        if switches is not None:
-            with suppress(CommandRefused):
-                await switches.restore()
 
     async def discard(self) -> None:
         """Kill the copy and see it dead. Idempotent; also right when `launch` failed half-way."""
@@ -237,9 +235,17 @@ class QemuSecondary(SecondaryDomain):
         return self._timeline.watch()
 
     async def close(self) -> None:
-        """Let go of this session's handles; the domain stays as it is. Idempotent."""
+        """Let go of this session's handles; the domain stays as it is. Idempotent.
+
+        Guarantees:
+            A copy that became the guest has QEMU's migration switches as they were before the session, if QEMU answers.
+        """
         self._end_pulse()
         await self._close_cable()
+        switches, self._switches = self._switches, None
+        if switches is not None and self._is_guest:
+            with suppress(HypervisorError):
+                await switches.restore()
         await self._disks.close()
         await self._timeline.close()
 
