@@ -8,18 +8,15 @@ counters of each with the acknowledgement. pyroute2's calls and ``tc`` are measu
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.bed import answer, is_inside, measured_inside
 from bench.figures import Figure, ratio
-from tests.testbeds.kernel.machine import INSIDE, Machine
 from understudy.device import Verdict
 from understudy.phases import Step, run_phase
 from understudy_netbuffer.nic import BufferedNic
@@ -31,20 +28,12 @@ _TURNS = 12
 _ROUNDS = 150
 _RECORD_ROUNDS = 10
 _SOURCE = Path(__file__).with_suffix(".c")
-_ANSWER = "barrier.json"
 _DEADLINE_S = 600.0
 
 
 def measure() -> list[Figure]:
     """Measure inside one fresh kernel."""
-    environment = {"PYTHONPATH": "."}
-    machine = Machine([sys.executable, "-m", "bench.barrier"], cwd=_SOURCE.parents[1], env=environment)
-    try:
-        if machine.wait(_DEADLINE_S):
-            raise RuntimeError("the benchmark of the gates failed inside the kernel bed; its output is above")
-        samples: dict[str, list[float]] = json.loads((machine.run / _ANSWER).read_text())
-    finally:
-        machine.close()
+    samples = measured_inside("bench.barrier", _DEADLINE_S)
     figures = {name: Figure(name, values) for name, values in samples.items()}
     ours = {count: figures[f"barrier_{count}nic_us"] for count in _COUNTS}
     ratios = [
@@ -162,5 +151,5 @@ async def _in_phases(nics: Sequence[BufferedNic]) -> float:
     return statistics.median(taken) / 1e3
 
 
-if __name__ == "__main__" and os.environ.get(INSIDE):
-    Path(os.environ["BED_RUN"], _ANSWER).write_text(json.dumps(asyncio.run(_measure())))
+if __name__ == "__main__" and is_inside():
+    answer(asyncio.run(_measure()))

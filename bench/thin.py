@@ -8,9 +8,7 @@ is dear in the bed's kernel.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from bench.bed import answer, is_inside, measured_inside
 from bench.figures import Figure, ratio
-from tests.testbeds.kernel.machine import INSIDE, Machine
 
 if TYPE_CHECKING:
     from understudy_drbd.thin import ThinVolume
@@ -31,20 +29,12 @@ _ROUNDS = 60
 _SIZE_MIB = 64
 _WRITES = 16
 _BLOCK_BYTES = 65_536
-_ANSWER = "thin.json"
 _DEADLINE_S = 300.0
 
 
 def measure() -> list[Figure]:
     """Measure inside one fresh kernel."""
-    root = Path(__file__).parents[1]
-    machine = Machine([sys.executable, "-m", "bench.thin"], cwd=root, env={"PYTHONPATH": "."})
-    try:
-        if machine.wait(_DEADLINE_S):
-            raise RuntimeError("the benchmark of cuts failed inside the kernel bed; its output is above")
-        samples: dict[str, list[float]] = json.loads((machine.run / _ANSWER).read_text())
-    finally:
-        machine.close()
+    samples = measured_inside("bench.thin", _DEADLINE_S)
     cut = Figure("thin_cut_ms", samples["thin_cut_ms"], 1.0)
     recorded = [Figure(name, samples[name]) for name in ("thin_cut_from_loop_ms", "thin_drop_ms")]
     rival = Figure("thin_cut_dmsetup_ms", samples["thin_cut_dmsetup_ms"])
@@ -116,9 +106,8 @@ def _by_dmsetup(run: Callable[..., str], volume: ThinVolume, pool: str) -> float
 
 def _inside() -> None:
     with TemporaryDirectory() as directory:
-        samples = asyncio.run(_measure(Path(directory)))
-    Path(os.environ["BED_RUN"], _ANSWER).write_text(json.dumps(samples))
+        answer(asyncio.run(_measure(Path(directory))))
 
 
-if __name__ == "__main__" and os.environ.get(INSIDE):
+if __name__ == "__main__" and is_inside():
     _inside()

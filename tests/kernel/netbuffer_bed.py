@@ -73,10 +73,10 @@ class Lan:
         self._marks = 0
 
     def __enter__(self) -> Self:
-        # The host's own neighbour discovery would be packets that nobody counted.
-        own = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
-        if own.exists():
-            own.write_text("1", encoding="ascii")
+        # The host's own neighbour discovery would be packets that nobody counted; whoever opens the first socket of
+        # that family would begin it later.
+        run("modprobe", "ipv6")
+        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1", encoding="ascii")
         lines = ["link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set br0 up"]
         pairs = [(f"g{n}", f"vif{n}") for n in range(self.guests)] + [("m0", "mark"), ("client", "ext")]
         for mine, port in pairs:
