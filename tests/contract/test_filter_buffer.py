@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -35,7 +36,7 @@ from understudy.matching import in_order
 from understudy.plugins import Plugins
 from understudy.services import MONITOR, Services
 from understudy.testing.subkind_kit import CHECKS, SubkindBed, check_subkind, open_context
-from understudy_qemu import filterbuffer
+from understudy_qemu import filterbuffer, heldnic
 from understudy_qemu.filterbuffer import FILTER_BUFFER
 from understudy_qemu.heldnic import QUEUE_PACKETS, FilterBufferOptions, HeldNic
 from understudy_qemu.nfnetlink import Count
@@ -55,6 +56,7 @@ class Block:
         self.fresh = True
         self.passed = self.refused = 0
         self.flushed_ruleset = False
+        self.told: list[str] = []
 
     async def install(self, *, passing: bool = True) -> None:
         await asyncio.sleep(0)
@@ -63,6 +65,7 @@ class Block:
         await asyncio.sleep(0)
 
     async def close(self) -> tuple[Count, Count]:
+        self.told.append("close")
         await asyncio.sleep(0)
         self.passing = False
         await asyncio.sleep(0)
@@ -70,6 +73,7 @@ class Block:
 
     async def renew(self, for_ms: int) -> bool:
         assert 1000 < for_ms <= 60_000
+        self.told.append("renew")
         await asyncio.sleep(0)
         there = self._there()
         self.fresh = True
@@ -78,6 +82,7 @@ class Block:
 
     async def open_for(self, window_ms: int) -> bool:
         assert 0 < window_ms <= 1000
+        self.told.append("open")
         await asyncio.sleep(0)
         there = self._there()
         self.passing = there and self.fresh
@@ -303,21 +308,85 @@ async def test_nothing_of_a_later_epoch_leaves_with_a_late_commit(held: tuple[Qe
     assert qemu.sent == [1, 2]
 
 
-async def test_a_commit_cut_in_its_middle_leaves_no_hole(held: tuple[Qemu, HeldNic]) -> None:
+async def test_a_commit_that_ended_in_its_middle_leaves_no_hole(
+    held: tuple[Qemu, HeldNic], monkeypatch: pytest.MonkeyPatch
+) -> None:
     qemu, nic = held
     qemu.send(1)
     await nic.postsuspend(1)
-    committing = asyncio.ensure_future(nic.commit(1))
-    while qemu.filters["nic0-ended"].on:  # noqa: ASYNC110 - one step of the loop at a time
-        await asyncio.sleep(0)
-    committing.cancel()
-    await asyncio.wait([committing])
+
+    async def half(command: str, arguments: Mapping[str, Any] | None = None, **_: Any) -> Any:
+        if (arguments or {}).get("value") != "on":
+            return await Qemu.execute(qemu, command, arguments)
+        while qemu.filters["nic0-ended"].on:  # noqa: ASYNC110 - one step of the loop at a time
+            await asyncio.sleep(0)
+        raise HypervisorError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qemu, "execute", half)
+        with pytest.raises(HypervisorError, match="refused"):
+            await nic.commit(1)
     assert not qemu.filters["nic0-ended"].on
     qemu.send(2)
     await nic.postsuspend(2)
     assert qemu.sent == [1], "epoch 2 is not acknowledged"
     await nic.commit(2)
     assert qemu.sent == [1, 2]
+
+
+def told(block: Block) -> list[str]:
+    """Return what the block was told since the last time."""
+    before, block.told = block.told, []
+    return before
+
+
+async def test_the_guest_does_not_wait_for_the_block(
+    held: tuple[Qemu, HeldNic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu, nic = held
+    block = Block.there[qemu.tap]
+    await nic.postsuspend(1)
+    assert told(block) == ["close", "renew"], "as it began to hold, and before the first switch"
+    await nic.commit(1)
+    assert told(block) == ["open", "close", "renew"]
+    await nic.postsuspend(2)
+    assert told(block) == []
+    await nic.commit(2)
+    told(block)
+    later_s = time.monotonic() + 30
+    monkeypatch.setattr(heldnic, "time", SimpleNamespace(monotonic=lambda: later_s))
+    await nic.postsuspend(3)
+    assert told(block) == ["renew"], "half of the minute has passed"
+
+
+async def test_a_commit_that_the_next_epoch_overtook_begins_no_minute(held: tuple[Qemu, HeldNic]) -> None:
+    # The timer of what waits for the next commit has begun: a minute that begins later might outlast it.
+    qemu, nic = held
+    block = Block.there[qemu.tap]
+    await nic.postsuspend(1)
+    told(block)
+    committing = asyncio.ensure_future(nic.commit(1))
+    while "close" not in block.told:  # noqa: ASYNC110 - one step of the loop at a time
+        await asyncio.sleep(0)
+    await nic.postsuspend(2)
+    await committing
+    assert told(block) == ["open", "close"]
+
+
+async def test_a_block_that_was_lost_is_told_anew(held: tuple[Qemu, HeldNic]) -> None:
+    qemu, nic = held
+    block = Block.there[qemu.tap]
+    await nic.postsuspend(1)
+    await nic.commit(1)
+    qemu.send(1)
+    await nic.postsuspend(2)
+    block.flushed_ruleset = True
+    await nic.commit(2)
+    told(block)
+    await nic.postsuspend(3)
+    assert told(block) == ["renew"]
+    await nic.commit(3)
+    assert qemu.sent == [1]
 
 
 async def test_what_cannot_be_let_out_is_told(

@@ -9,7 +9,7 @@ has a timeout. So the block closes by itself, in the kernel, whatever has become
     QEMU → tap → ingress: in the sets `fresh` and `open`? → bridge → world
                             └ no: counted, dropped
 
-`fresh` is renewed at the end of every epoch, for a minute; `open` is opened by every commit, for a moment. Why it takes
+`fresh` is renewed by every commit, for a minute; `open` is opened by every commit, for a moment. Why it takes
 two is said in heldnic.py.
 
 The element is never refreshed, which older kernels cannot do: it is taken away and put in anew by one transaction. A

@@ -4,10 +4,11 @@ Two of QEMU's filter-buffer objects stand between the guest and its tap, and the
 
     guest → <nic>-epoch → <nic>-ended → tap → block → bridge
 
-``<nic>-epoch`` takes in what the guest sends. While the guest is stopped at the end of an epoch, the block is told that
-what leaves in the next minute is *fresh*, then ``<nic>-epoch`` is switched off and on again, which moves its packets to
-``<nic>-ended``. When the secondary has acknowledged that epoch, a commit opens the block, for a *window* of one second
-at most, switches ``<nic>-ended`` off and on, which lets its packets out, and closes the block.
+``<nic>-epoch`` takes in what the guest sends. While the guest is stopped at the end of an epoch, ``<nic>-epoch`` is
+switched off and on again, which moves its packets to ``<nic>-ended``. When the secondary has acknowledged that epoch, a
+commit opens the block, for a *window* of one second at most, switches ``<nic>-ended`` off and on, which lets its
+packets out, and closes the block. Then, while the guest runs, it tells the block that what leaves in the next minute is
+*fresh*; if that was too long ago at the end of an epoch, it is told again before the switch.
 
 **What is guaranteed.** QEMU's objects alone are no gate that stays shut: each flushes its queue by a timer, after more
 than an hour of the guest's running time since it was last switched on. With the block, whatever an agent's death, stop
@@ -17,8 +18,10 @@ or slowness does, between any two of these steps:
   leaves a block that is closed, or closes by itself within a second.
 * What leaves in a window was acknowledged. ``<nic>-ended`` holds what was sent until the last stop of the guest, and
   something later only if the timer of ``<nic>-epoch`` has struck since. That timer begins after the minute of what is
-  fresh has begun, and takes more than an hour; the guest's time never runs faster than the host's. So it strikes when
-  no window has an effect any more: an agent that slept so long lets out nothing, whatever it was about to do.
+  fresh has begun, and takes more than an hour; the guest's time never runs faster than the host's. The minute begins
+  anew only when the window of that epoch is closed for good, and before the next epoch is put apart. So the timer
+  strikes when no window has an effect any more: an agent that slept so long lets out nothing, whatever it was about to
+  do.
 
 This compares two clocks of one host, the kernel's and QEMU's, with an hour to spare, and none of different hosts.
 
@@ -39,6 +42,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -58,6 +62,7 @@ QUEUE_PACKETS: Final = 10_000  #: what QEMU's queue takes
 _INTERVAL_US: Final = 4_000_000_000  # the longest that fits into 32 bits
 _WINDOW_MS: Final = 1000
 _FRESH_MS: Final = 60_000
+_STALE_S: Final = 20.0  # after that it is told anew: the commit comes within what is left
 _NEWEST: Final = "epoch"
 _ENDED: Final = "ended"
 
@@ -132,6 +137,8 @@ class HeldNic(ProtectedDevice):
         self._ended_epoch = 0  # the newest epoch that <nic>-ended holds anything of
         self._ended_s = 0.0  # about when that was
         self._length_s = 0.0  # of the epoch that ended then, about
+        self._fresh_s = -math.inf  # when the minute of what is fresh began, or before that
+        self._apart = asyncio.Lock()  # held while an epoch is put apart, or the minute begun
         self._open = False  # <nic>-ended may have been left switched off
         self._counted = (Count(0, 0), Count(0, 0))
         self._released = Count(0, 0)
@@ -167,12 +174,13 @@ class HeldNic(ProtectedDevice):
     async def postsuspend(self, epoch: int) -> None:
         """Put what was sent in `epoch` apart from what will be sent; the guest is stopped."""
         self._forget_early()
-        # Before the switch, which begins the timer anew: what is fresh is over long before the timer strikes.
-        if not await self._block.renew(_FRESH_MS):
-            self._block_lost()
-        now_s = time.monotonic()
-        # A commit that has not begun to let anything out must not begin any more.
-        self._ended_epoch, self._length_s, self._ended_s = epoch, now_s - self._ended_s, now_s
+        async with self._apart:
+            # Before the switch, which begins the timer anew: what is fresh is over long before the timer strikes.
+            if time.monotonic() > self._fresh_s + _STALE_S:
+                await self._renew()
+            now_s = time.monotonic()
+            # A commit that has not begun to let anything out must not begin any more.
+            self._ended_epoch, self._length_s, self._ended_s = epoch, now_s - self._ended_s, now_s
         if self._open:
             await self._switch(_ENDED, "on")
             self._open = False
@@ -216,6 +224,10 @@ class HeldNic(ProtectedDevice):
                 await self._block.close()
             raise
         self._judge(epoch, await self._block.close())
+        async with self._apart:
+            # The timer of an epoch that was put apart meanwhile has begun: what is fresh must not begin after it.
+            if self._ended_epoch == epoch:
+                await self._renew()
 
     async def stop(self, *, failover: bool) -> None:  # noqa: ARG002 - what is held waits for the verdict
         """Ask for no checkpoint any more; what is held stays held."""
@@ -289,8 +301,15 @@ class HeldNic(ProtectedDevice):
                 _log.warning("%s", problem)
         self._reckon_early(passed.packets)
 
+    async def _renew(self) -> None:
+        began_s = time.monotonic()
+        if not await self._block.renew(_FRESH_MS):
+            self._block_lost()
+        self._fresh_s = began_s
+
     def _block_lost(self) -> None:
         self._lost_block_count += 1
+        self._fresh_s = -math.inf
         self._counted = (Count(0, 0), Count(0, 0))
 
     def _reckon_early(self, packets: int) -> None:
@@ -315,8 +334,8 @@ class HeldNic(ProtectedDevice):
     # --- QEMU's objects ----------------------------------------------------------------------------------------------
 
     async def _pass_on(self, which: str) -> None:
-        for status in ("off", "on"):
-            await self._switch(which, status)
+        # Sent in this order, and QEMU takes one after the other: the second need not wait for the first one's answer.
+        await asyncio.gather(*(self._switch(which, status) for status in ("off", "on")))
 
     async def _switch(self, which: str, status: str) -> None:
         arguments = {"path": f"/objects/{self._id(which)}", "property": "status", "value": status}
