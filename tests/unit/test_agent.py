@@ -1,6 +1,7 @@
 """Two agents over real TCP with a fake hypervisor."""
 
 import asyncio
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,18 @@ async def test_protect_and_unprotect(tmp_path: Path) -> None:
         ] == []
         with pytest.raises(StateError, match="is not protected"):
             await hosts.call("alpha", "unprotect", guest="web")
+
+
+async def test_a_bound_that_the_interval_cannot_keep_is_told(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as hosts:
+        bounds = "interval = 'adaptive'\ninterval_options = { max_latency_ms = 0.001 }\n"
+        guest = tmp_path / "alpha" / "guests" / "web.toml"
+        guest.write_text(f'name = "web"\nhypervisor = "fake"\n[protection]\n{bounds}', encoding="utf-8")
+        await protected(hosts)
+        await hosts.until(lambda: hosts.agents["alpha"].figures.row("web", 0).get("epoch", 0) > 3)
+        rows = {row["host"]: row for row in (await hosts.call("alpha", "list"))["guests"]}
+        assert re.search(r"output waits up to \d+ ms \(bound 0.001 ms\)", rows["alpha"]["problem"])
+        assert "problem" not in rows["beta"]
 
 
 async def test_a_gate_that_does_not_open_at_once_is_opened_later(tmp_path: Path) -> None:

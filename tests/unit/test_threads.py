@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,40 @@ async def test_calls_that_hang_stop_further_ones_until_they_end() -> None:
         while threads.hung:  # noqa: ASYNC110 - threads, not tasks, are waited for
             await asyncio.sleep(0.005)
     assert await threads.run(os.getpid, timeout_s=DEADLINE_S) == os.getpid()
+
+
+async def test_a_thread_is_used_again_and_ends_with_its_owner() -> None:
+    threads = TimedThreads("test")
+    [ident] = {await threads.run(threading.get_ident, timeout_s=DEADLINE_S) for _ in range(50)}
+    thread = next(each for each in threading.enumerate() if each.ident == ident)
+    del threads
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+async def test_a_thread_that_is_at_work_gets_no_second_call() -> None:
+    threads, gate = TimedThreads("test"), threading.Event()
+    first = asyncio.ensure_future(threads.run(gate.wait, DEADLINE_S, timeout_s=DEADLINE_S))
+    await asyncio.sleep(0)
+    assert await threads.run(gate.is_set, timeout_s=DEADLINE_S) is False
+    gate.set()
+    assert await first
+
+
+async def test_nothing_of_a_call_lives_on_in_an_idle_thread() -> None:
+    class Large:
+        def use(self) -> None:
+            raise ValueError("with a traceback that knows it")
+
+    threads, large = TimedThreads("test"), Large()
+    gone = weakref.ref(large)
+    with pytest.raises(ValueError, match="traceback"):
+        await threads.run(large.use, timeout_s=DEADLINE_S)
+    del large
+    async with asyncio.timeout(DEADLINE_S):
+        while gone() is not None:
+            gc.collect()
+            await asyncio.sleep(0.005)
 
 
 def test_a_call_that_hangs_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class EpochReport:
     counters: Mapping[str, int | float] = field(
         default_factory=lambda: MappingProxyType({})
     )  #: ``nic0.mismatches`` …
+    notice: str = ""  #: which of its bounds the interval policy cannot keep, in words
 
 
 class Observer:

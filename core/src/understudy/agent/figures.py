@@ -55,6 +55,7 @@ class Figures(Observer):
             "held_packets": last.held_packets,
             "transferred_bytes": last.transferred_bytes,
             "counters": dict(last.counters),
+            "notice": last.notice,
         }
 
 

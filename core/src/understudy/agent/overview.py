@@ -97,6 +97,8 @@ class Overview:
                 row["problem"] = row.get("problem") or f"its hypervisor says that it is {state.value}"
         if row["role"] == "primary" and row.get("peer"):
             row |= self._agent.figures.row(name, time.time_ns())
+            if notice := row.pop("notice", ""):
+                row["problem"] = row.get("problem") or notice
         return row
 
     async def state(self, config: GuestConfig, hypervisor: Hypervisor) -> GuestState:

@@ -169,6 +169,7 @@ class Epochs:
             held_bytes=int(_total(counters, "held_bytes")),
             phases_ns={**self._group.phases_ns, **checkpoint.parts_ns},
             counters=dict(counters),
+            notice=self._policy.notice() if self._policy is not None else "",
         )
 
 

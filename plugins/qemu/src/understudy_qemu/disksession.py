@@ -31,6 +31,7 @@ __all__ = ["DISKS", "DiskSession", "Replica", "block_nodes", "finish"]
 _log = logging.getLogger(__name__)
 
 _FD_NAME = "understudy-nbd"
+_SWAP_FIRST_S = 0.001  # the arbiter is asked before QEMU, which may keep the processors busy
 _FINISH_S = 20.0
 _ANSWER_S = 4.0  # a little less than the core grants to the question
 _FAULTS = ("QUORUM_REPORT_BAD", "BLOCK_IO_ERROR", "BLOCK_JOB_ERROR", "BLOCK_EXPORT_DELETED")
@@ -405,6 +406,7 @@ class DiskSession:
         """Begin what `stop_server` does; that waits for it, and asks QEMU again if it failed."""
 
         async def stop() -> None:
+            await asyncio.sleep(_SWAP_FIRST_S)
             with suppress(HypervisorError):
                 await self.stop_server()
 
