@@ -26,6 +26,7 @@ NAMES = (
     "remus",
     "remus_pause",
     "remus_overload",
+    "drbd_takeover",
     "takeover",
 )
 

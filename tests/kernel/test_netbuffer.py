@@ -15,6 +15,7 @@ from tests.kernel.netbuffer_bed import (
     UNKNOWN,
     VLAN,
     Lan,
+    interfaces,
     no_trace,
     opened,
     run,
@@ -29,6 +30,26 @@ pytestmark = pytest.mark.kernel
 def lan() -> Iterator[Lan]:
     with Lan() as made, no_trace():
         yield made
+
+
+async def open_and_remove() -> None:
+    nic = await opened(start=False)
+    await nic.teardown(Verdict.KEEP)
+
+
+def test_the_driver_comes_without_interfaces_that_nobody_asked_for() -> None:
+    # systemd's configuration of modprobe would hide it, where systemd is.
+    asked = Path("/etc/modprobe.d/zz-two.conf")
+    run("modprobe", "-r", "-q", "ifb")
+    try:
+        asked.write_text("options ifb numifbs=2\n", encoding="ascii")
+        run("modprobe", "ifb")
+        assert {"ifb0", "ifb1"} <= set(interfaces()), "this is no test of anything"
+        run("modprobe", "-r", "ifb")
+        with Lan(), no_trace():
+            asyncio.run(open_and_remove())
+    finally:
+        asked.unlink()
 
 
 async def test_everything_passes_an_open_gate_and_nothing_a_closed_one(lan: Lan) -> None:

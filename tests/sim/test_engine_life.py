@@ -142,6 +142,27 @@ def _whole(error: BaseException | None) -> str:
 
 
 @in_virtual_time
+async def test_a_guest_that_has_not_left_its_protection_is_not_protected_again() -> None:
+    async with SimulatedPair() as pair:
+        await pair.start()
+        await pair.protect()
+        await pair.epochs(5)
+        alpha = pair.sites["alpha"].host
+        alpha.scripts["primary.sever"] = fails()
+        pair.crash("beta")
+        await pair.reach("alpha", P.ALONE)
+        # Which of the two is told first depends on when the failed cut is repeated.
+        with pytest.raises(StateError, match="has not left its last protection|scripted"):
+            await pair.protect()
+        alpha.scripts.clear()
+        await pair.grows(within_s=30)
+        await pair.revive("beta")
+        await pair.protect()
+        await pair.epochs(5)
+        pair.check()
+
+
+@in_virtual_time
 async def test_a_copy_that_ends_as_a_plain_migration_is_undone() -> None:
     async with SimulatedPair() as pair:
         await pair.start()

@@ -91,10 +91,15 @@ class PrimarySession(Driver):
     async def _close_gate(self, effect: do.CloseGate) -> None:
         # The devices are opened by the copy, once their other halves exist; what must hold by the end of the copy is
         # that they hold the output. Here the session's own state begins anew.
+        self.failure = None
+        if self.group is not None:
+            # What cannot be undone at once is repeated; forgotten here, the guest would stay held for ever.
+            raise StateError(
+                f"guest {self.guest} has not left its last protection wholly; it goes on doing so by itself"
+            )
         await self._leave()
         self.detach()
         self._cut = self._replicates = False
-        self.failure = None
         self._told.clear()
         log.info("guest %s: session %s begins", self.guest, effect.session)
 

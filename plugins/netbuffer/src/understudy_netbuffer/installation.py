@@ -22,6 +22,7 @@ import hashlib
 import json
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,6 +45,7 @@ _PRIORITY: Final = 1  # of the filter: nothing can come before it
 _EVERYTHING: Final = 3  # ETH_P_ALL, which pyroute2 takes in the host's byte order
 _PROBE_TYPE: Final = 0x88B5  # an EtherType for local experiments (IEEE 802)
 _QUEUE_PACKETS: Final = 10_000  # of the IFB behind the plug: a released epoch must not stop half-way
+_MODPROBE_S: Final = 10.0
 _DRAIN_S: Final = 2.0
 _POLL_S: Final = 0.001
 _ALIAS_BYTES: Final = 255
@@ -287,6 +289,11 @@ def _refuse_taken(ip: IPRoute, ifb: str, claim: Claim) -> None:
 
 
 def _make_ifb(ip: IPRoute, ifb: str) -> None:
+    if not Path("/sys/module/ifb").exists():
+        # Loaded by the next line it would come with two interfaces that nobody asked for, unless systemd's
+        # configuration is there. Without modprobe, or with the driver built in, the next line is the one that knows.
+        with suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["modprobe", "-q", "ifb", "numifbs=0"], check=False, timeout=_MODPROBE_S)
     # The kernel makes a name once: of several who try at the same moment, one succeeds.
     ip.link("add", ifname=ifb, kind="ifb", txqlen=_QUEUE_PACKETS)
     with suppress(OSError):  # a kernel without IPv6; one with it would send from the IFB on the host's behalf
