@@ -207,7 +207,12 @@ class Driver(ABC):
             self.post(failed)
         else:
             delay_s = min(self.around.limits.retry_s * 2.0 ** min(times - 2, 16), LONGEST_RETRY_S)
-            asyncio.get_running_loop().call_later(delay_s, self.post, failed)
+            asyncio.get_running_loop().call_later(delay_s, self._fail_still, failed, times)
+
+    def _fail_still(self, failed: Failed, times: int) -> None:
+        # What has succeeded meanwhile is over; the next session must not be ended by it.
+        if self._failures.get(type(failed.effect)) == times:
+            self.post(failed)
 
     def begin(self, effect: Effect, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin an effect that answers with an event later; its failure is posted as `Failed`."""
