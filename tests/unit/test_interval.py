@@ -98,15 +98,35 @@ def test_both_bounds_are_kept_whenever_they_can_be(
             assert policy.notice() == ""
 
 
-@given(bounds=BOUNDS, pause_ms=st.floats(0.1, 2000), extra_ms=st.floats(0, 2000))
+@given(
+    wins=st.sampled_from(Wins),
+    kept_ms=st.floats(1, 5000),
+    apart=st.floats(1.01, 100),
+    shortest=st.floats(0.1, 0.99),
+    longest=st.floats(1.01, 10),
+    pause_ms=st.floats(0.1, 2000),
+    extra_ms=st.floats(0, 2000),
+)
 def test_when_both_cannot_be_kept_the_named_one_is_and_the_other_is_told(
-    bounds: AdaptiveOptions, pause_ms: float, extra_ms: float
+    wins: Wins,
+    kept_ms: float,
+    apart: float,
+    shortest: float,
+    longest: float,
+    pause_ms: float,
+    extra_ms: float,
 ) -> None:
+    # The bound that wins asks for `kept_ms`, and the other one is out of its reach.
+    at_least_ms = kept_ms * apart if wins is Wins.LATENCY else kept_ms
+    at_most_ms = kept_ms if wins is Wins.LATENCY else kept_ms / apart
+    bounds = AdaptiveOptions(
+        max_pause_share=pause_ms / (at_least_ms + pause_ms),
+        max_latency_ms=at_most_ms + pause_ms + extra_ms,
+        min_ms=kept_ms * shortest,
+        max_ms=kept_ms * longest,
+        wins=wins,
+    )
     policy = Adaptive(bounds)
-    at_least_ms = pause_ms / bounds.max_pause_share - pause_ms
-    at_most_ms = bounds.max_latency_ms - pause_ms - extra_ms
-    assume(at_least_ms > at_most_ms * 1.001 + 0.001)
-    assume(bounds.min_ms <= (at_most_ms if bounds.wins is Wins.LATENCY else at_least_ms) <= bounds.max_ms)
     next_ms = policy.next_ms(report(pause_ms, pause_ms + extra_ms))
     share, latency = kept(bounds, next_ms, pause_ms, pause_ms + extra_ms)
     if bounds.wins is Wins.LATENCY:
