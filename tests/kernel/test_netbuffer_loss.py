@@ -135,7 +135,7 @@ async def test_a_gate_that_is_touched_while_it_is_made_anew_is_made_again(lan: L
 
 async def test_what_does_not_concern_a_gate_does_not_touch_it(lan: Lan) -> None:
     nic = await opened()
-    run("ip", "link", "add", "other", "type", "dummy")
+    run("ip", "link", "add", "other", "type", "bridge")
     run("tc", "qdisc", "add", "dev", "other", "root", "pfifo")
     run("ip", "link", "set", "vif0", "mtu", "1400")
     run(
@@ -173,7 +173,7 @@ async def test_a_gate_that_cannot_be_made_anew_ends_the_protection(
     caplog.set_level(logging.ERROR)
     # Somebody takes the name of the IFB: it can be made neither anew nor otherwise.
     ifb = nic.gate.installed.ifb
-    run("ip", "-batch", "-", given=f"link del {ifb}\nlink add {ifb} type dummy")
+    run("ip", "-batch", "-", given=f"link del {ifb}\nlink add {ifb} type bridge")
     await until(lambda: nic.gate.failure is not None, "the gate is given up")
     with pytest.raises(HypervisorError):
         await nic.error()
