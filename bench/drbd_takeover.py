@@ -11,14 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.figures import Figure
-from tests.kernel.drbdstack import DISKS_MIB, GUEST, Client, Stack
-from tests.testbeds.kernel.pair import Pair
-from understudy_qemu.demo.tinyguest import build_guest
+from tests.kernel.drbdstack import GUEST, Client, whole_stack
 
 __all__ = ["measure"]
 
 _KILLS = 4
-_MEMORY_MIB = 900
 _REPLIES = 5
 
 
@@ -32,12 +29,9 @@ def measure(kills: int = _KILLS) -> list[Figure]:
 
 
 async def _measure(kills: int) -> list[float]:
-    guest = await build_guest()
     taken_ms: list[float] = []
-    async with Pair(memory_mib=_MEMORY_MIB, disks_mib=DISKS_MIB) as pair:
-        stack = Stack(pair, guest)
-        await stack.make()
-        here, there = pair.alpha, pair.beta
+    async with whole_stack() as stack:
+        here, there = stack.pair.alpha, stack.pair.beta
         await stack.command(here, "start", GUEST)
         for number in range(kills):
             if number:

@@ -9,18 +9,21 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.testbeds.kernel.machine import KernelDied
 from tests.testbeds.kernel.pair import Host, Pair
 from understudy_qemu.demo.chain import DiskCheck, Greeting, check_disk
-from understudy_qemu.demo.tinyguest import TinyGuest
+from understudy_qemu.demo.tinyguest import TinyGuest, build_guest
 
 GUEST = "demo"
-DISKS_MIB = (4, 64)
+_MEMORY_MIB = 900
+_DISKS_MIB = (4, 64)
 _VOLUME_SECTORS = 8 * 2048
-_POOL_SECTORS = DISKS_MIB[1] * 2048
+_POOL_SECTORS = _DISKS_MIB[1] * 2048
 _BOOT_S = 90.0
 _STEP_S = 90.0
 
@@ -96,6 +99,16 @@ def _hear(process: asyncio.Task[Any]) -> None:
     # One that dies with its host, as it is to, is asked by nobody else.
     if not process.cancelled():
         process.exception()
+
+
+@asynccontextmanager
+async def whole_stack() -> AsyncIterator[Stack]:
+    """Boot two kernels and make both hosts; no guest runs yet."""
+    guest = await build_guest()
+    async with Pair(memory_mib=_MEMORY_MIB, disks_mib=_DISKS_MIB) as pair:
+        made = Stack(pair, guest)
+        await made.make()
+        yield made
 
 
 class Stack:

@@ -13,12 +13,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.kernel.drbdstack import DISKS_MIB, GUEST, Client, Stack
+from tests.kernel.drbdstack import GUEST, Client, Stack, whole_stack
 from tests.testbeds.bed import missing_for_qemu, need
 from tests.testbeds.kernel.machine import missing_for_kernel
-from tests.testbeds.kernel.pair import Pair
 from tests.testbeds.rounds import rounds
-from understudy_qemu.demo.tinyguest import build_guest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(400, 1700))]
 
@@ -27,10 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(rounds(400, 1700))]
 async def stack() -> AsyncIterator[Stack]:
     need("kernel", missing_for_kernel())
     need("qemu", missing_for_qemu())
-    guest = await build_guest()
-    async with Pair(memory_mib=900, disks_mib=DISKS_MIB) as pair:
-        made = Stack(pair, guest)
-        await made.make()
+    async with whole_stack() as made:
         yield made
 
 

@@ -404,10 +404,10 @@ class TwoHosts:
     def config(self, host: str) -> Path:
         return self.root / host / "agent.toml"
 
-    def write_guest(self, host: str, guest: str, extra: str = "") -> None:
-        text = (
-            f'name = "{guest}"\nhypervisor = "fake"\n[protection]\ninterval_options = {{ period_ms = 20 }}\n'
-        )
+    def write_guest(
+        self, host: str, guest: str, extra: str = "", interval: str = "interval_options = { period_ms = 20 }"
+    ) -> None:
+        text = f'name = "{guest}"\nhypervisor = "fake"\n[protection]\n{interval}\n'
         (self.root / host / "guests" / f"{guest}.toml").write_text(extra + text)
 
     async def boot(self, host: str) -> Agent:

@@ -73,9 +73,8 @@ async def test_protect_and_unprotect(tmp_path: Path) -> None:
 
 async def test_a_bound_that_the_interval_cannot_keep_is_told(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as hosts:
-        bounds = "interval = 'adaptive'\ninterval_options = { max_latency_ms = 0.001 }\n"
-        guest = tmp_path / "alpha" / "guests" / "web.toml"
-        guest.write_text(f'name = "web"\nhypervisor = "fake"\n[protection]\n{bounds}', encoding="utf-8")
+        bounds = "interval = 'adaptive'\ninterval_options = { max_latency_ms = 0.001 }"
+        hosts.write_guest("alpha", "web", interval=bounds)
         await protected(hosts)
         await hosts.until(lambda: hosts.agents["alpha"].figures.row("web", 0).get("epoch", 0) > 3)
         rows = {row["host"]: row for row in (await hosts.call("alpha", "list"))["guests"]}
