@@ -89,6 +89,13 @@ def read(device: Path) -> dict[str, str]:
     return {str(n): block.rstrip(b"\1").decode() for n, block in enumerate(blocks) if block.strip(b"\0")}
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written, whenever the kernel dies."""
+    made = path.with_suffix(".new")
+    made.write_text(text)
+    made.replace(path)
+
+
 async def primary(directory: Path) -> None:
     chance = random.Random(1)
     line = Line(*await asyncio.open_connection(*ADDRESS))
@@ -100,7 +107,7 @@ async def primary(directory: Path) -> None:
         await device.postsuspend(epoch)
         await line.request("checkpoint", {"epoch": epoch}, timeout_s=10)
         await device.error()
-        (directory / "committed").write_text(str(epoch))
+        replace(directory / "committed", str(epoch))
         await line.request("commit", {"epoch": epoch}, timeout_s=10)
         await device.commit(epoch)
         if epoch == EPOCHS:
