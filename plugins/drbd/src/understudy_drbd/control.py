@@ -1,4 +1,7 @@
-"""DRBD's own tools, run off the pause path, every run with a deadline; and its state, looked at without them.
+"""What is done to a DRBD resource: through the kernel where a takeover waits for it, else with DRBD's own tools.
+
+Every run of a tool has a deadline; none is started while a guest is paused for a checkpoint. At a takeover the only one
+is the one that applies the activity log, as long as DRBD is 8.4. Of DRBD 9 all is asked through its tools.
 
 Source: drbdadm(8), drbdsetup(8), drbdmeta(8).
 """
@@ -8,21 +11,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from understudy.device import DeviceInfo
 from understudy.errors import UnderstudyError
 from understudy.threads import TimedThreads
+from understudy_drbd.genl import DrbdRefused, Genl
 from understudy_drbd.resource import Resource, resource_of
 from understudy_drbd.status import PROC, State, read_json, read_proc, version_of
 
 __all__ = ["DISK_KEYS", "MAJOR", "Control", "ToolFailed", "disk_path", "minor_of", "run_tool", "threads"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -112,13 +120,17 @@ class Control:
     Args:
         resource: Which.
         version: Of the DRBD that is loaded, e.g. ``(8, 4, 11)``.
+        genl: The way to its kernel module; ``None``: through its tools.
 
     Make one with `find`.
     """
 
-    def __init__(self, resource: Resource, version: tuple[int, ...]) -> None:
+    def __init__(self, resource: Resource, version: tuple[int, ...], genl: Genl | None) -> None:
         self.resource = resource
         self.version = version
+        self._genl = genl
+        self._options: bytes | None = None  # of the disk that was let go
+        self._apply_al: tuple[str, ...] = ("drbdadm", "apply-al", resource.name)
         # A tool whose caller was cancelled goes on in its thread; what undoes its work must come after it.
         self._lock = threading.Lock()
 
@@ -140,7 +152,20 @@ class Control:
         resource = resource_of(await _in_thread("drbdadm", "dump-xml"), host, minor)
         if resource is None:
             raise UnderstudyError(f"DRBD's configuration has no resource with {path} on host {host}")
-        return cls(resource, version_of(proc))
+        version = version_of(proc)
+        genl = None if version >= _NINE else await threads.run(Genl.find, minor, timeout_s=_LOOK_S)
+        return cls(resource, version, genl)
+
+    async def prepare(self) -> None:
+        """Ask beforehand what a takeover would have to wait for.
+
+        Raises:
+            ToolFailed: ``drbdadm`` does not tell how it would apply the activity log.
+        """
+        if self._genl is not None:
+            # It would start the same program; the guest is not to wait for its reading the configuration.
+            told = await _in_thread("drbdadm", "--dry-run", "apply-al", self.resource.name)
+            self._apply_al = tuple(shlex.split(told)) or self._apply_al
 
     async def state(self) -> State:
         """Return the resource's state at this moment.
@@ -205,11 +230,13 @@ class Control:
         if (await self.state()).connection in _ALONE:
             return
         try:
-            if self.version >= _FORCE_IS_AN_OPTION:
+            if self._genl is not None:
+                await self._ask("disconnect", self._genl.disconnect)
+            elif self.version >= _FORCE_IS_AN_OPTION:
                 await self._drbdadm("disconnect", "--force")
             else:
                 await self._drbdadm("--", "--force", "disconnect")
-        except ToolFailed:
+        except (ToolFailed, DrbdRefused):
             # DRBD may have given it up by itself at this moment, for instance over a split brain.
             if (await self.state()).connection not in _ALONE:
                 raise
@@ -225,17 +252,28 @@ class Control:
 
     async def detach(self) -> None:
         """Let go of the disk below; harmless when that has been done."""
-        if (await self.state()).disk != "Diskless":
+        if (await self.state()).disk == "Diskless":
+            return
+        if self._genl is None:
             await self._drbdadm("detach")
+            return
+        self._options = await self._ask("show", self._genl.options)
+        await self._ask("detach", self._genl.detach)
 
     async def attach(self) -> None:
         """Take the disk below as it is now, its activity log applied first: nobody closed it properly."""
-        await self._drbdadm("apply-al")
-        await self._drbdadm("attach")
+        await self._ask("apply-al", partial(run_tool, *self._apply_al))
+        if self._genl is None or self._options is None:
+            await self._drbdadm("attach")
+        else:
+            await self._ask("attach", partial(self._genl.attach, self._options))
 
     async def promote(self) -> None:
         """Become DRBD's primary."""
-        await self._drbdadm("primary")
+        if self._genl is None:
+            await self._drbdadm("primary")
+        else:
+            await self._ask("primary", self._genl.promote)
 
     async def demote(self) -> None:
         """Become DRBD's secondary; nobody may have the device open."""
@@ -247,20 +285,26 @@ class Control:
         Guarantees:
             It is written down on this disk, and true whichever host turns out to be the one that is copied to.
         """
-        await self._drbdadm("invalidate-remote")
+        if self._genl is None:
+            await self._drbdadm("invalidate-remote")
+        else:
+            await self._ask("invalidate-remote", self._genl.distrust_peer)
 
     async def distrust_own(self) -> None:
         """Have the next resynchronisation copy the whole disk to here; as DRBD's secondary, without a connection."""
         await self._drbdadm("invalidate")
 
     async def _drbdadm(self, command: str, *arguments: str) -> None:
-        _log.info("DRBD resource %s: %s", self.resource.name, " ".join((command, *arguments)))
-        argv = ("drbdadm", command, *arguments, self.resource.name)
-        await threads.run(self._one_at_a_time, argv, timeout_s=2 * _TOOL_S)
+        words = " ".join((command, *arguments))
+        await self._ask(words, partial(run_tool, "drbdadm", command, *arguments, self.resource.name))
 
-    def _one_at_a_time(self, argv: tuple[str, ...]) -> None:
+    async def _ask(self, words: str, call: Callable[[], T]) -> T:
+        _log.info("DRBD resource %s: %s", self.resource.name, words)
+        return await threads.run(self._one_at_a_time, call, timeout_s=2 * _TOOL_S)
+
+    def _one_at_a_time(self, call: Callable[[], T]) -> T:
         with self._lock:
-            run_tool(*argv)
+            return call()
 
 
 async def _in_thread(*argv: str, timeout_s: float = _TOOL_S) -> str:

@@ -85,6 +85,7 @@ class SecondaryDisk(ProtectedDevice):
             volume = await threads.run(ThinVolume.find, mapper, control.resource.disk, timeout_s=MAPPER_S)
             await patiently(CopyDevice(mapper, control.resource.minor).remove)
             await threads.run(volume.clear, timeout_s=MAPPER_S)
+            await control.prepare()
             made = cls(context, control, mapper, volume)
             await made.prepare()
         except BaseException:

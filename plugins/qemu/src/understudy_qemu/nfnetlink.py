@@ -12,12 +12,25 @@ Source: Linux include/uapi/linux/netfilter/{nfnetlink,nf_tables}.h; net/netfilte
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+
+from understudy.netlink import (
+    NLM_F_CREATE,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    acknowledged,
+    attribute,
+    attributes,
+    message,
+    messages,
+    nested,
+    raise_refusal,
+    text,
+)
 
 __all__ = [
     "Count",
@@ -33,12 +46,6 @@ __all__ = [
 _NETLINK_NETFILTER: Final = 12
 _SOL_NETLINK: Final = 270
 _NETLINK_CAP_ACK: Final = 10
-_NLM_F_REQUEST: Final = 0x1
-_NLM_F_ACK: Final = 0x4
-_NLM_F_CREATE: Final = 0x400
-_NLMSG_ERROR: Final = 2
-_NLA_F_NESTED: Final = 0x8000
-_TYPE_MASK: Final = 0x3FFF
 _BATCH_BEGIN: Final = 0x10
 _BATCH_END: Final = 0x11
 _NFTABLES: Final = 10
@@ -68,9 +75,7 @@ _COUNTER_PACKETS: Final = 2
 
 _IFNAME_BYTES: Final = 16
 _ANSWER_BYTES: Final = 8192
-_HEADER = struct.Struct("=IHHII")
 _GENERIC = struct.Struct("!BBH")
-_ATTRIBUTE = struct.Struct("=HH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +96,10 @@ def element_added(table: str, name: str, interface: str, timeout_ms: int) -> byt
         timeout_ms: After how many milliseconds the kernel takes it for gone, 0 = never. The kernel does not begin the
             time anew for an element that is there.
     """
-    key = _nested(_ELEM_KEY, _attribute(_DATA_VALUE, interface.encode().ljust(_IFNAME_BYTES, b"\0")))
-    timeout = _attribute(_ELEM_TIMEOUT, struct.pack("!Q", timeout_ms)) if timeout_ms else b""
-    elements = _nested(_LIST_ELEMENTS, _nested(_LIST_ELEM, key + timeout))
-    return _message(_NEWSETELEM, _NLM_F_CREATE, _where(table, name) + elements)
+    key = nested(_ELEM_KEY, attribute(_DATA_VALUE, interface.encode().ljust(_IFNAME_BYTES, b"\0")))
+    timeout = attribute(_ELEM_TIMEOUT, struct.pack("!Q", timeout_ms)) if timeout_ms else b""
+    elements = nested(_LIST_ELEMENTS, nested(_LIST_ELEM, key + timeout))
+    return _message(_NEWSETELEM, NLM_F_CREATE, _where(table, name) + elements)
 
 
 def set_flushed(table: str, name: str) -> bytes:
@@ -104,26 +109,20 @@ def set_flushed(table: str, name: str) -> bytes:
 
 def table_deleted(table: str) -> bytes:
     """Return the message that deletes a table and all that is in it."""
-    return _message(_DELTABLE, 0, _attribute(_TABLE_NAME, _text(table)))
+    return _message(_DELTABLE, 0, attribute(_TABLE_NAME, text(table)))
 
 
 def batch(*changes: bytes) -> bytes:
     """Return `changes` as one transaction, for `Nfnetlink.change`; the kernel answers for the last one."""
     bracket = struct.pack("!BBH", _NFPROTO_UNSPEC, 0, _NFTABLES)
-    length, kind, flags, *_ = _HEADER.unpack_from(changes[-1])
-    last = _HEADER.pack(length, kind, flags | _NLM_F_ACK, 0, 0) + changes[-1][_HEADER.size :]
-    body = (*changes[:-1], last)
-    begin, end = (
-        _HEADER.pack(_HEADER.size + len(bracket), kind, _NLM_F_REQUEST, 0, 0) + bracket
-        for kind in (_BATCH_BEGIN, _BATCH_END)
-    )
-    return begin + b"".join(body) + end
+    begin, end = (message(each, NLM_F_REQUEST, bracket) for each in (_BATCH_BEGIN, _BATCH_END))
+    return b"".join((begin, *changes[:-1], acknowledged(changes[-1]), end))
 
 
 def counter_request(table: str, name: str) -> bytes:
     """Return the message that asks for a named counter, for `Nfnetlink.counter`."""
-    kind = _attribute(_OBJ_TYPE, struct.pack("!I", _OBJECT_COUNTER))
-    body = _attribute(_OBJ_TABLE, _text(table)) + _attribute(_OBJ_NAME, _text(name)) + kind
+    kind = attribute(_OBJ_TYPE, struct.pack("!I", _OBJECT_COUNTER))
+    body = attribute(_OBJ_TABLE, text(table)) + attribute(_OBJ_NAME, text(name)) + kind
     return _message(_GETOBJ, 0, body)
 
 
@@ -154,8 +153,8 @@ class Nfnetlink:
             OSError: The kernel refuses; nothing was changed. ``ENOENT``: table or set is not there.
         """
         for kind, body in self._ask(transaction):
-            if kind == _NLMSG_ERROR:
-                _raise(body)
+            if kind == NLMSG_ERROR:
+                raise_refusal(body)
                 return
         raise OSError(errno.EPROTO, "nf_tables did not answer")
 
@@ -166,11 +165,11 @@ class Nfnetlink:
             OSError: The kernel refuses. ``ENOENT``: it is not there.
         """
         for kind, body in self._ask(request):
-            if kind == _NLMSG_ERROR:
-                _raise(body)
+            if kind == NLMSG_ERROR:
+                raise_refusal(body)
             if kind == _NEWOBJ:
-                told = dict(_attributes(body[_GENERIC.size :]))
-                data = dict(_attributes(told.get(_OBJ_DATA, b"")))
+                told = dict(attributes(body[_GENERIC.size :]))
+                data = dict(attributes(told.get(_OBJ_DATA, b"")))
                 packets, octets = (
                     int.from_bytes(data[which], "big") for which in (_COUNTER_PACKETS, _COUNTER_BYTES)
                 )
@@ -181,11 +180,11 @@ class Nfnetlink:
         """Let go of the socket."""
         self._socket.close()
 
-    def _ask(self, message: bytes) -> Iterator[tuple[int, bytes]]:
+    def _ask(self, request: bytes) -> Iterator[tuple[int, bytes]]:
         # An answer that nobody has read, after a failure, is none to this question.
         for _ in self._answers():
             pass
-        self._socket.send(message)
+        self._socket.send(request)
         return self._answers()
 
     def _answers(self) -> Iterator[tuple[int, bytes]]:
@@ -194,46 +193,12 @@ class Nfnetlink:
                 datagram = self._socket.recv(_ANSWER_BYTES)
             except BlockingIOError:
                 return
-            while len(datagram) >= _HEADER.size:
-                length, kind, *_ = _HEADER.unpack_from(datagram)
-                yield kind, datagram[_HEADER.size : length]
-                datagram = datagram[_padded(length) :]
-
-
-def _raise(body: bytes) -> None:
-    (code,) = struct.unpack_from("=i", body)
-    if code:
-        raise OSError(-code, os.strerror(-code))
+            yield from messages(datagram)
 
 
 def _where(table: str, name: str) -> bytes:
-    return _attribute(_LIST_TABLE, _text(table)) + _attribute(_LIST_SET, _text(name))
+    return attribute(_LIST_TABLE, text(table)) + attribute(_LIST_SET, text(name))
 
 
 def _message(kind: int, flags: int, body: bytes) -> bytes:
-    body = _GENERIC.pack(_NFPROTO_NETDEV, 0, 0) + body
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags | _NLM_F_REQUEST, 0, 0) + body
-
-
-def _nested(kind: int, body: bytes) -> bytes:
-    return _attribute(kind | _NLA_F_NESTED, body)
-
-
-def _attribute(kind: int, body: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(body)
-    return _ATTRIBUTE.pack(length, kind) + body.ljust(_padded(length) - _ATTRIBUTE.size, b"\0")
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        yield kind & _TYPE_MASK, data[_ATTRIBUTE.size : length]
-        data = data[_padded(length) :]
-
-
-def _text(words: str) -> bytes:
-    return words.encode() + b"\0"
-
-
-def _padded(length: int) -> int:
-    return (length + 3) & ~3
+    return message(kind, flags | NLM_F_REQUEST, _GENERIC.pack(_NFPROTO_NETDEV, 0, 0) + body)
