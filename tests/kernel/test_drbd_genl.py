@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from tests.kernel.drbdpair import PRIMARY, SECONDARY, DrbdPair
