@@ -1,6 +1,6 @@
-"""From suspicion to a survivor that runs, with the guest's disk on DRBD: two kernels, whole agents, a plug gate.
+"""From suspicion to a survivor that runs: a disk on DRBD, one that QEMU replicates, a plug gate, whole agents.
 
-The kernels are user-mode-linux, in which starting a process, a fault of a page and a table of the device mapper are
+The two kernels are user-mode-linux, in which starting a process, a fault of a page and a table of the device mapper are
 many times dearer than on a host.
 """
 

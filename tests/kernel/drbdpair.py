@@ -1,7 +1,7 @@
 """Two DRBD nodes in one kernel, connected over loopback, with what a test does to them: for the kernel bed.
 
-The node of the primary writes to a loop device, or to a thin volume where the two are to change places; that of the
-secondary to a thin volume. Their resources have different names, because both stand in one configuration.
+The node of the primary writes to a loop device, that of the secondary to a thin volume. Their resources have different
+names, because both stand in one configuration.
 """
 
 from __future__ import annotations
@@ -94,16 +94,12 @@ class DrbdPair:
 
 
 @contextmanager
-def drbd_pair(directory: Path, *, net: str = "", both_thin: bool = False) -> Iterator[DrbdPair]:
+def drbd_pair(directory: Path, *, net: str = "") -> Iterator[DrbdPair]:
     """Make the pair: connected, up to date, the guest's node DRBD's primary."""
     run("modprobe", "drbd", "usermode_helper=/bin/true")
     with ExitStack() as stack:
         pool = stack.enter_context(thin_pool(directory, 4 * SIZE_MIB))
-        first = stack.enter_context(
-            pool.volume("understudy-alpha", 1, SIZE_MIB)
-            if both_thin
-            else loop_device(directory / "alpha", SIZE_MIB)
-        )
+        first = stack.enter_context(loop_device(directory / "alpha", SIZE_MIB))
         second = stack.enter_context(pool.volume("understudy-beta", 2, SIZE_MIB))
         text = CONFIGURATION.format(net=net, host=os.uname().nodename, first=first, second=second)
         Path("/etc/drbd.conf").write_text(text)

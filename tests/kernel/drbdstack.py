@@ -1,12 +1,15 @@
 """Two hosts as a site has them, each a kernel of its own: an agent, a bridge, a thin pool, DRBD, and QEMU.
 
-A host's disks and its agent's state outlive its crash; everything else is made anew, as at any boot.
+The guest has two disks, one on DRBD and one that QEMU replicates, and its output waits in the kernel's plug. It draws a
+random value for every word: what it does again after a takeover is never what it did before. A host's disks and its
+agent's state outlive its crash; everything else is made anew, as at any boot.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -14,16 +17,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.kernel.wishes import Wishes
 from tests.testbeds.kernel.machine import KernelDied
 from tests.testbeds.kernel.pair import Host, Pair
 from understudy_qemu.demo.chain import DiskCheck, Greeting, check_disk
 from understudy_qemu.demo.tinyguest import TinyGuest, build_guest
 
 GUEST = "demo"
+_ROOT = Path(__file__).parents[2]
+_WATCHED = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from tests.kernel.wishes import main; main()"
 _MEMORY_MIB = 900
 _DISKS_MIB = (4, 64)
 _VOLUME_SECTORS = 8 * 2048
 _POOL_SECTORS = _DISKS_MIB[1] * 2048
+_REPLICATED = "replicated.raw"
 _BOOT_S = 90.0
 _STEP_S = 90.0
 
@@ -63,16 +70,19 @@ resource r0 { device minor 0; disk /dev/mapper/volume; meta-disk internal;
 class Client:
     """A client in a host's network, whose replies are read from outside.
 
+    It sends words before those before are answered: a guest whose output is held has something to do in every epoch.
+
     Args:
         host: Where it runs.
         name: Of its file there.
+        patience_s: How long it waits for a reply.
     """
 
-    def __init__(self, host: Host, name: str) -> None:
+    def __init__(self, host: Host, name: str, patience_s: float = 60.0) -> None:
         self._host = host
         self._file = f"/run/{name}.jsonl"
         line = f"exec ip netns exec client {sys.executable} -m understudy_qemu.demo.client"
-        line += f" --interval-ms 30 --timeout-s 60 --connect-timeout-s {_BOOT_S:g} >{self._file}"
+        line += f" --interval-ms 30 --window 8 --timeout-s {patience_s:g} --connect-timeout-s {_BOOT_S:g} >{self._file}"
         self.process = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
         self.process.add_done_callback(_hear)
 
@@ -94,6 +104,17 @@ class Client:
                 assert not [line for line in lines if "summary" in line], lines[-3:]
                 await asyncio.sleep(0.2)
 
+    async def harmed(self, timeout_s: float = 60.0) -> list[str]:
+        """Wait until it has seen that something is wrong; return what."""
+        limit = time.monotonic() + timeout_s
+        while True:
+            lines = await self.lines()
+            found = [str(line.get("why") or line["lost"]) for line in lines if {"why", "lost"} & {*line}]
+            if found:
+                return found
+            assert time.monotonic() < limit, lines[-20:]
+            await asyncio.sleep(0.2)
+
 
 def _hear(process: asyncio.Task[Any]) -> None:
     # One that dies with its host, as it is to, is asked by nobody else.
@@ -102,11 +123,15 @@ def _hear(process: asyncio.Task[Any]) -> None:
 
 
 @asynccontextmanager
-async def whole_stack() -> AsyncIterator[Stack]:
-    """Boot two kernels and make both hosts; no guest runs yet."""
+async def whole_stack(*, watched: bool = False) -> AsyncIterator[Stack]:
+    """Boot two kernels and make both hosts; no guest runs yet.
+
+    Args:
+        watched: The agents hear of `tests.kernel.wishes`.
+    """
     guest = await build_guest()
     async with Pair(memory_mib=_MEMORY_MIB, disks_mib=_DISKS_MIB) as pair:
-        made = Stack(pair, guest)
+        made = Stack(pair, guest, watched=watched)
         await made.make()
         yield made
 
@@ -117,15 +142,19 @@ class Stack:
     Args:
         pair: The kernels.
         guest: The tiny guest.
+        watched: The agents hear of `tests.kernel.wishes`.
     """
 
-    def __init__(self, pair: Pair, guest: TinyGuest) -> None:
+    def __init__(self, pair: Pair, guest: TinyGuest, *, watched: bool) -> None:
         self.pair = pair
         self._guest = guest
+        self._watched = watched
         self._agents: dict[str, asyncio.Task[Any]] = {}
 
     async def make(self) -> None:
         """Make both hosts, the mirror with alpha as its primary, and start both agents."""
+        with (self.pair.alpha.directory / _REPLICATED).open("wb") as image:
+            image.truncate(_VOLUME_SECTORS * 512)
         for host in (self.pair.alpha, self.pair.beta):
             self._write_files(host)
             await self._boot(host, first=True)
@@ -154,6 +183,7 @@ address = "{peer.address}"
 [directories]
 guests = "{host.directory}/guests"
 state = "{host.directory}/state"
+overlays = "{host.directory}/overlays"
 [arbiter]
 kind = "directory"
 path = "{self.pair.common}/arbiter"
@@ -169,12 +199,16 @@ machine = "pc"
 memory = "128MiB"
 kernel = "{self._guest.kernel}"
 initrd = "{self._guest.initrd}"
-cmdline = "{self._guest.cmdline(["10.77.0.2/24"], draw=0)}"
+cmdline = "{self._guest.cmdline(["10.77.0.2/24"], draw=1)}"
 [[disk]]
 path = "/dev/drbd0"
 format = "raw"
 cache = "none"
 subkind = "drbd"
+[[disk]]
+path = "{host.directory}/{_REPLICATED}"
+format = "raw"
+subkind = "block-replication"
 [[nic]]
 bridge = "br0"
 mac = "52:54:00:77:00:02"
@@ -194,8 +228,9 @@ period_ms = 200
         if first:
             await self._sh(host, "drbdadm create-md --force r0")
         await self._sh(host, "drbdadm up r0")
-        command = (sys.executable, "-m", "understudy", "agent", "run", "--config", self._config(host))
-        line = f"exec {' '.join(map(str, command))} >>/run/agent.log 2>&1"
+        program = ("-c", _WATCHED, self.pair.common, host.name) if self._watched else ("-m", "understudy")
+        command = (sys.executable, *program, "agent", "run", "--config", self._config(host))
+        line = f"exec {shlex.join(map(str, command))} >>/run/agent.log 2>&1"
         agent = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
         agent.add_done_callback(_hear)
         self._agents[host.name] = agent
@@ -234,9 +269,9 @@ period_ms = 200
         assert not done.status, f"{verb} on {host.name}: {done.output}{done.errors}{await self.log(host)}"
         return json.loads(done.output)
 
-    async def log(self, host: Host) -> str:
+    async def log(self, host: Host, lines: int = 25) -> str:
         """Return the end of the agent's log."""
-        return (await host.run("tail", "-n", "25", "/run/agent.log", check=False)).output
+        return (await host.run("tail", "-n", str(lines), "/run/agent.log", check=False)).output
 
     async def _linked(self, host: Host) -> None:
         limit = time.monotonic() + _BOOT_S
@@ -265,12 +300,28 @@ period_ms = 200
             assert time.monotonic() < limit, f"{host.name}: {said}; {await self.log(host)}"
             await asyncio.sleep(0.2)
 
-    # --- The disk ------------------------------------------------------------------------------------------------
+    # --- The disks -----------------------------------------------------------------------------------------------
 
-    async def check_disk(self, host: Host, lines: list[dict[str, Any]]) -> DiskCheck:
-        """Check a host's disk against what a client was told until now."""
-        copy = host.directory / "disk.raw"
-        await self._sh(host, f"dd if=/dev/drbd0 of={copy} bs=1M iflag=direct conv=fsync status=none")
+    async def check_disks(self, host: Host, lines: list[dict[str, Any]]) -> list[DiskCheck]:
+        """Check a host's disks against what a client was told until now."""
         told = {line["n"]: line["hash"] for line in lines if "hash" in line}
         greeting = Greeting(**next(line["greeting"] for line in lines if "greeting" in line))
-        return check_disk(copy.read_bytes(), greeting, told, 0)
+        checks = []
+        for number, (disk, flag) in enumerate((("/dev/drbd0", "iflag=direct"), (_REPLICATED, ""))):
+            copy = host.directory / "copy.raw"
+            await self._sh(
+                host, f"cd {host.directory}; dd if={disk} of={copy} bs=1M {flag} conv=fsync status=none"
+            )
+            checks.append(check_disk(copy.read_bytes(), greeting, told, number))
+        return checks
+
+    async def halves(self) -> list[str]:
+        """Return a digest of what each host has below DRBD, but for DRBD's own metadata; nobody writes meanwhile."""
+        # A DRBD device that is secondary cannot be opened; its size stands in sysfs, in sectors.
+        line = "blockdev --flushbufs /dev/mapper/volume; "
+        line += "head -c $(($(cat /sys/block/drbd0/size) * 512)) /dev/mapper/volume | sha256sum"
+        return [(await host.run("sh", "-ec", line)).output for host in (self.pair.alpha, self.pair.beta)]
+
+    def wishes(self, host: Host) -> Wishes:
+        """Return what a host's agent can be told to do."""
+        return Wishes(self.pair.common, host.name)

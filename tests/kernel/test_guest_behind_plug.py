@@ -1,26 +1,19 @@
 """A real guest under QEMU behind the kernel's plug, in a real kernel that has one: its host dies, its client stays.
 
 The kernel of the bed runs both hosts, in namespaces, and both QEMUs without KVM on its one CPU: everything is slow here
-but right. The control has the same guest, disks and checkpoints, and nothing that holds its output.
+but right. So the dead host's kernel lives on, with the gate in it. Hosts with a kernel each, every bad moment, and the
+control without a gate are in test_drbd_stack.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.qemu.guestnet import GuestNet
-from tests.qemu.test_controls import HeldHost, HeldSession, held, lose_primary
 from tests.qemu.test_hosts import make_bed
-from tests.testbeds.bed import missing_for_qemu, need
-from understudy.device import OpenContext, ProtectedDevice, Subkind
-from understudy_netbuffer.subkind import NETBUFFER
-from understudy_qemu.accel import Accel
 from understudy_qemu.demo.tinyguest import build_guest
 
 
@@ -38,53 +31,6 @@ pytestmark = [
 # With two emulated guests on one CPU an agent may well be silent for two seconds.
 HEARTBEAT_LIMIT_MS = 4000
 PERIOD_MS = 200
-
-
-class FreeHost(HeldHost):
-    """A host whose guest's output is held by whatever subkind is there."""
-
-    subkind = "auto"
-    boot_s = 90.0
-    patience_s = 60
-
-
-async def _hold_nothing(_: OpenContext) -> ProtectedDevice:
-    return ProtectedDevice()
-
-
-NOTHING = replace(NETBUFFER, name="nothing", open=_hold_nothing, sweep=None)
-
-
-@pytest.fixture
-async def bed(tmp_path: Path) -> AsyncIterator[GuestNet]:
-    need("qemu", missing_for_qemu())
-    made = GuestNet(tmp_path, await build_guest(), Accel.TCG)
-    try:
-        made.make()
-        yield made
-    finally:
-        await made.close()
-
-
-@pytest.mark.parametrize("gate", [NETBUFFER, NOTHING], ids=["plug", "nothing"])
-async def test_what_was_sent_after_the_last_checkpoint(bed: GuestNet, gate: Subkind) -> None:
-    session, client = await held(bed, HeldSession, FreeHost, gate)
-    if gate is NETBUFFER:
-        # No checkpoint is taken: the guest answers, and nobody hears it.
-        with pytest.raises(TimeoutError):
-            await client.replies(3, timeout_s=3.0)
-        await lose_primary(session)
-        await client.replies(5, timeout_s=60.0)
-        await client.kept()
-    else:
-        await client.replies(3, timeout_s=60.0)
-        await lose_primary(session)
-        with pytest.raises(AssertionError):
-            await client.kept()
-    assert isinstance(session.beta, FreeHost)
-    await session.beta.quit()
-    for check in session.beta.judged(client):
-        assert bool(check.acknowledged_lost) is (gate is NOTHING), check
 
 
 async def test_the_primarys_host_dies() -> None:

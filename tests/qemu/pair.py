@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tests.qemu.wires import LoopChannels, LoopPeer, Relay
 from tests.testbeds.bed import need
@@ -40,6 +40,7 @@ from understudy_qemu.secondary import QemuSecondary
 SIZE_BYTES = 4 << 20
 GUEST = "counter"
 QEMU = os.environ.get("UNDERSTUDY_QEMU") or "qemu-system-x86_64"
+BOOT_S = 20.0  # what the guest's kernel may take
 
 
 def need_qemu() -> None:
@@ -63,8 +64,6 @@ def boot_sector() -> bytes:
 @dataclass
 class Host:
     """One of the two hosts: directories, and the guest if it runs there."""
-
-    boot_s: ClassVar[float] = 20.0  #: what the guest's kernel may take
 
     name: str
     root: Path
@@ -119,7 +118,7 @@ class Host:
         qemu = await self.launch(drives, copy=False)
         await qemu.monitor.execute("cont")
         self.qemu = qemu
-        await self.counts_on(1, self.boot_s)
+        await self.counts_on(1, BOOT_S)
         return qemu
 
     async def launch(self, drives: Mapping[str, DriveProvider], *, copy: bool) -> Qemu:

@@ -15,14 +15,14 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import pytest
 
 from tests.qemu.guestnet import Client, GuestNet, NetHost, NetSession, run
 from tests.qemu.pair import GUEST
 from tests.testbeds.bed import missing_for_qemu, need
-from understudy.device import Mode, Subkind, Verdict
+from understudy.device import Mode, Verdict
 from understudy.hypervisor import Protection
 from understudy_qemu.accel import Accel
 from understudy_qemu.blockreplication import BLOCK_REPLICATION
@@ -34,17 +34,11 @@ from understudy_qemu.guestfile import QemuConfig, parse_config
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(150)]
 
 PERIOD_S = 0.05
+PATIENCE_S = 12  # of a client that may be lost
 
 
 class HeldHost(NetHost):
     """A host of a guest with two disks, whose output is held in mode remus."""
-
-    subkind = "filter-buffer"
-    patience_s: ClassVar[int] = 12  #: of a client that may be lost
-
-    def disk_tables(self) -> list[dict[str, Any]]:
-        """Return the entries of the disks in the guest file."""
-        return [{"path": f"disk{number}.qcow2"} for number in range(2)]
 
     @functools.cached_property
     def config(self) -> QemuConfig:
@@ -55,8 +49,8 @@ class HeldHost(NetHost):
             "kernel": str(self.bed.guest.kernel),
             "initrd": str(self.bed.guest.initrd),
             "cmdline": self.bed.guest.cmdline(["10.77.0.2/24"], draw=0),
-            "disk": self.disk_tables(),
-            "nic": [{"bridge": self.bed.bridges[0], "subkind": self.subkind}],
+            "disk": [{"path": f"disk{number}.qcow2"} for number in range(2)],
+            "nic": [{"bridge": self.bed.bridges[0], "subkind": "filter-buffer"}],
         }
         source, protection = self.root / "guest.toml", Protection(mode=Mode.REMUS)
         return parse_config(table, name=GUEST, source=source, protection=protection, host=self.name)
@@ -116,17 +110,15 @@ async def bed(tmp_path: Path) -> AsyncIterator[GuestNet]:
         await made.close()
 
 
-async def held(
-    bed: GuestNet, kind: type[HeldSession], host: type[HeldHost] = HeldHost, nic: Subkind = FILTER_BUFFER
-) -> tuple[HeldSession, Client]:
+async def held(bed: GuestNet, kind: type[HeldSession]) -> tuple[HeldSession, Client]:
     """Return a session in mode remus with its first checkpoint, and a client that talks through it."""
-    alpha, beta = (host(f"{name}-{bed.id}", bed.root / name, bed, 1, 0) for name in ("alpha", "beta"))
+    alpha, beta = (HeldHost(f"{name}-{bed.id}", bed.root / name, bed, 1, 0) for name in ("alpha", "beta"))
     for each in (alpha, beta):
         each.disks = 2
         bed.hosts.append(each)
     await alpha.start()
-    client = await bed.client(timeout_s=host.patience_s)
-    session = kind(alpha, beta, mode=Mode.REMUS, subkinds=(BLOCK_REPLICATION, nic))
+    client = await bed.client(timeout_s=PATIENCE_S)
+    session = kind(alpha, beta, mode=Mode.REMUS, subkinds=(BLOCK_REPLICATION, FILTER_BUFFER))
     bed.sessions.append(session)
     await session.protect()
     await by_steps(session.ack, client, 10)
