@@ -25,6 +25,16 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from understudy.errors import HypervisorError
+from understudy.netlink import (
+    NLM_F_ACK,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    attribute,
+    attributes,
+    message,
+    messages,
+    raise_refusal,
+)
 from understudy.threads import TimedThreads
 
 __all__ = [
@@ -49,27 +59,21 @@ _TUNSETPERSIST: Final = 0x400454CB
 _IFF_TAP: Final = 0x0002
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
-# rtnetlink.h, if_link.h, netlink.h
+# rtnetlink.h, if_link.h
 _RTM_NEWLINK: Final = 16
 _RTM_DELLINK: Final = 17
 _RTM_GETLINK: Final = 18
 _RTM_DELQDISC: Final = 37
 _TC_H_CLSACT: Final = 0xFFFFFFF1
-_NLM_F_REQUEST: Final = 1
-_NLM_F_ACK: Final = 4
-_NLMSG_ERROR: Final = 2
 _IFLA_ADDRESS: Final = 1
 _IFLA_IFNAME: Final = 3
 _IFLA_MASTER: Final = 10
 _IFLA_LINKINFO: Final = 18
 _IFLA_INFO_KIND: Final = 1
 _IFF_UP: Final = 1
-_TYPE_MASK: Final = 0x3FFF  # attribute types carry flags in their upper bits
 
-_HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")
 _TRAFFIC = struct.Struct("=BxxxiIII")
-_ATTRIBUTE = struct.Struct("=HH")
 
 
 def tap_name(host: str, guest: str, nic: str) -> str:
@@ -164,7 +168,7 @@ def _create(name: str, vnet_hdr: bool, mac: str) -> None:  # noqa: FBT001 - call
         with suppress(OSError):  # a kernel without IPv6
             Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1", encoding="ascii")
         address = bytes([0xFE]) + bytes.fromhex(mac.replace(":", ""))[1:]
-        _change(_existing(name), attributes=_attribute(_IFLA_ADDRESS, address))
+        _change(_existing(name), more=attribute(_IFLA_ADDRESS, address))
     except OSError:
         if not existed:
             _remove(name)
@@ -172,21 +176,18 @@ def _create(name: str, vnet_hdr: bool, mac: str) -> None:  # noqa: FBT001 - call
 
 
 def _open(name: str, bridge: str) -> None:
-    master = _index(bridge)
-    if master is None:
-        raise OSError(errno.ENODEV, f"there is no interface {bridge}")
-    if _kind(bridge) != "bridge":
+    master = _existing(bridge)
+    if _kind(bridge) != "bridge":  # the kernel takes other masters, too
         raise OSError(errno.EINVAL, f"{bridge} is no bridge")
-    index = _existing(name)
-    _change(index, attributes=_attribute(_IFLA_MASTER, struct.pack("=I", master)))
-    _change(index, flags=_IFF_UP)
+    # In one message: the kernel changes the master first, then the flags.
+    _change(_existing(name), flags=_IFF_UP, more=attribute(_IFLA_MASTER, struct.pack("=I", master)))
 
 
 def _close(name: str) -> None:
     index = _index(name)
     if index is not None:
         _change(index, flags=0)
-        _change(index, attributes=_attribute(_IFLA_MASTER, struct.pack("=I", 0)))
+        _change(index, more=attribute(_IFLA_MASTER, struct.pack("=I", 0)))
 
 
 def _remove(name: str) -> bool:
@@ -237,41 +238,24 @@ def _kind(name: str) -> str:
     if index is None:
         return ""
     link = _ask(_RTM_GETLINK, _LINK.pack(0, 0, index, 0, 0))
-    info = _attributes(link[_LINK.size :]).get(_IFLA_LINKINFO, b"")
-    return _attributes(info).get(_IFLA_INFO_KIND, b"").rstrip(b"\0").decode()
+    info = dict(attributes(link[_LINK.size :])).get(_IFLA_LINKINFO, b"")
+    return dict(attributes(info)).get(_IFLA_INFO_KIND, b"").rstrip(b"\0").decode()
 
 
-def _change(index: int, *, flags: int | None = None, attributes: bytes = b"") -> None:
+def _change(index: int, *, flags: int | None = None, more: bytes = b"") -> None:
     mask = 0 if flags is None else _IFF_UP
-    _ask(_RTM_NEWLINK, _LINK.pack(0, 0, index, flags or 0, mask) + attributes)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(value)
-    return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found = {}
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        found[kind & _TYPE_MASK] = data[_ATTRIBUTE.size : length]
-        data = data[(length + 3) & ~3 :]
-    return found
+    _ask(_RTM_NEWLINK, _LINK.pack(0, 0, index, flags or 0, mask) + more)
 
 
 def _ask(kind: int, body: bytes) -> bytes:
     # One request, one answer: the link asked for, or the acknowledgement.
-    flags = _NLM_F_REQUEST | (0 if kind == _RTM_GETLINK else _NLM_F_ACK)
+    flags = NLM_F_REQUEST | (0 if kind == _RTM_GETLINK else NLM_F_ACK)
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
     ) as route:
         route.settimeout(DEADLINE_S)
-        route.sendto(_HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0) + body, (0, 0))
-        answer = route.recv(65536)
-    length, answered, _, _, _ = _HEADER.unpack_from(answer)
-    if answered == _NLMSG_ERROR:
-        (code,) = struct.unpack_from("=i", answer, _HEADER.size)
-        if code:
-            raise OSError(-code, os.strerror(-code))
-    return answer[_HEADER.size : length]
+        route.send(message(kind, flags, body))
+        ((answered, answer),) = messages(route.recv(65536))
+    if answered == NLMSG_ERROR:
+        raise_refusal(answer)
+    return answer
