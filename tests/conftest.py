@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.testbeds.rounds import rounds
 
@@ -12,7 +12,13 @@ pytest_plugins = ("tests.testbeds.kernel.plugin",)
 
 # No deadline for an example: the machine's other work is not the example's fault. What falsified a property is
 # printed in a form that repeats it.
-settings.register_profile("understudy", max_examples=rounds(100, 2000), deadline=None, print_blob=True)
+settings.register_profile(
+    "understudy",
+    max_examples=rounds(100, 2000),
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],  # it measures the machine
+)
 settings.load_profile("understudy")
 
 # A shell that runs the tests in the background ignores SIGINT, and everything that the tests start would ignore it
