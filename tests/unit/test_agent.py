@@ -69,6 +69,11 @@ async def test_protect_and_unprotect(tmp_path: Path) -> None:
         ] == []
         with pytest.raises(StateError, match="is not protected"):
             await hosts.call("alpha", "unprotect", guest="web")
+        # Nothing is told that did not happen.
+        history = hosts.agents["alpha"].history
+        await hosts.until(lambda: history.read("web")[-1]["event"] == "unprotected")
+        told = [event["event"] for event in history.read("web") if event["event"] not in {"state", "swap"}]
+        assert told == ["started", "syncing", "protected", "unprotected"]
 
 
 async def test_a_bound_that_the_interval_cannot_keep_is_told(tmp_path: Path) -> None:

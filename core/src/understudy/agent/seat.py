@@ -11,7 +11,6 @@ from understudy.engine import Driver
 from understudy.errors import StateError
 from understudy.phases import in_words
 from understudy.session import PrimaryState, SecondaryState, State
-from understudy.session.events import GuestReset
 
 __all__ = ["Seat"]
 
@@ -60,10 +59,9 @@ class Seat:
 
     async def settle(self, driver: Driver) -> None:
         """Wait until `driver` has done what led to its state, or has ended."""
-        # The state is set before its effects are carried out. An event that means nothing anywhere is taken after
-        # them, because events are taken one by one.
+        # The state is set before its effects are carried out.
         run = self._run
-        asking = asyncio.ensure_future(driver.ask(GuestReset()))
+        asking = asyncio.ensure_future(driver.settle())
         try:
             await asyncio.wait(
                 {asking, run} if run is not None else {asking}, return_when=asyncio.FIRST_COMPLETED
@@ -71,7 +69,7 @@ class Seat:
         finally:
             asking.cancel()
         if asking.done() and not asking.cancelled():
-            asking.exception()  # refused is as good as ignored
+            asking.exception()  # an engine that has ended has done all it will
 
     def failure(self, default: str) -> BaseException:
         """Return why the last session failed: the engine's first failure, else its cause in words, else `default`."""

@@ -35,7 +35,7 @@ LONGEST_RETRY_S = 10.0  # between two attempts at an effect that keeps failing
 
 @dataclass(slots=True)
 class _Queued:
-    event: Event
+    event: Event | None  # ``None``: only the place in the queue counts
     answer: asyncio.Future[None] | None  # of whoever asked, told when the event's effects are done or refused
 
 
@@ -102,6 +102,17 @@ class Driver(ABC):
             StateError: It is not possible in this state; nothing was changed. Or the engine has ended before it came
                 to that.
         """
+        await self._enqueue(event)
+
+    async def settle(self) -> None:
+        """Wait until every event that has come so far is taken, and what it asked for is done or begun.
+
+        Raises:
+            StateError: The engine has ended before it came to that.
+        """
+        await self._enqueue(None)
+
+    async def _enqueue(self, event: Event | None) -> None:
         if self._ended:
             raise StateError(self._over())
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -154,9 +165,9 @@ class Driver(ABC):
                 queued.answer.set_exception(StateError(self._over()))
 
     async def _step(self, queued: _Queued) -> None:
-        before = self.machine.state
         try:
-            self.machine, effects = step(self.machine, queued.event, self.around.tables)
+            if queued.event is not None:
+                await self._react(queued.event)
         except StateError as refused:
             if queued.answer is not None:
                 if not queued.answer.done():
@@ -164,18 +175,22 @@ class Driver(ABC):
             else:
                 log.info("%s", refused, extra={"guest": self.guest, "session": self.machine.session})
             return
+        if queued.answer is not None and not queued.answer.done():
+            queued.answer.set_result(None)
+
+    async def _react(self, event: Event) -> None:
+        before = self.machine.state
+        self.machine, effects = step(self.machine, event, self.around.tables)
         if self.machine.state is not before:
             self._event(
                 "state",
-                {"from": before.value, "to": self.machine.state.value, "cause": type(queued.event).__name__},
+                {"from": before.value, "to": self.machine.state.value, "cause": type(event).__name__},
             )
         for effect in effects:
             if not await self._carry_out(effect):
                 break
         async with self._changed:
             self._changed.notify_all()
-        if queued.answer is not None and not queued.answer.done():
-            queued.answer.set_result(None)
 
     # --- Effects out -------------------------------------------------------------------------------------------------
 
