@@ -30,6 +30,7 @@ _MEMORY_MIB = 900
 _DISKS_MIB = (4, 64)
 _VOLUME_SECTORS = 8 * 2048
 _POOL_SECTORS = _DISKS_MIB[1] * 2048
+PATIENCE_S = 30.0  #: how long a client waits for a reply
 _REPLICATED = "replicated.raw"
 _BOOT_S = 90.0
 _STEP_S = 90.0
@@ -74,15 +75,15 @@ class Client:
 
     Args:
         host: Where it runs.
-        name: Of its file there.
-        patience_s: How long it waits for a reply.
+        name: Of its files there.
     """
 
-    def __init__(self, host: Host, name: str, patience_s: float = 60.0) -> None:
+    def __init__(self, host: Host, name: str) -> None:
         self._host = host
         self._file = f"/run/{name}.jsonl"
-        line = f"exec ip netns exec client {sys.executable} -m understudy_qemu.demo.client"
-        line += f" --interval-ms 30 --window 8 --timeout-s {patience_s:g} --connect-timeout-s {_BOOT_S:g} >{self._file}"
+        line = f"echo $$ >/run/{name}.pid; exec ip netns exec client {sys.executable} -m understudy_qemu.demo.client"
+        line += f" --interval-ms 30 --window 8 --timeout-s {PATIENCE_S:g} --connect-timeout-s {_BOOT_S:g}"
+        line += f" >{self._file}"
         self.process = asyncio.create_task(host.run("sh", "-c", line, check=False, timeout_s=900))
         self.process.add_done_callback(_hear)
 
@@ -104,7 +105,14 @@ class Client:
                 assert not [line for line in lines if "summary" in line], lines[-3:]
                 await asyncio.sleep(0.2)
 
-    async def harmed(self, timeout_s: float = 60.0) -> list[str]:
+    async def end(self) -> dict[str, Any]:
+        """Let it send no more words and end; return its last line."""
+        await self._host.run("sh", "-c", f"kill $(cat {self._file.removesuffix('.jsonl')}.pid)")
+        await asyncio.wait({self.process}, timeout=PATIENCE_S)
+        summary: dict[str, Any] = (await self.lines())[-1]["summary"]
+        return summary
+
+    async def harmed(self, timeout_s: float = PATIENCE_S + 30) -> list[str]:
         """Wait until it has seen that something is wrong; return what."""
         limit = time.monotonic() + timeout_s
         while True:
@@ -269,9 +277,14 @@ period_ms = 200
         assert not done.status, f"{verb} on {host.name}: {done.output}{done.errors}{await self.log(host)}"
         return json.loads(done.output)
 
-    async def log(self, host: Host, lines: int = 25) -> str:
+    async def log(self, host: Host) -> str:
         """Return the end of the agent's log."""
-        return (await host.run("tail", "-n", str(lines), "/run/agent.log", check=False)).output
+        return (await host.run("tail", "-n", "25", "/run/agent.log", check=False)).output
+
+    async def promoted_at(self, host: Host) -> int:
+        """Return the checkpoint that the disk on DRBD went back to at a host's last takeover."""
+        said = await host.run("grep", "-o", "resource r0 is primary at checkpoint [0-9]*", "/run/agent.log")
+        return int(said.output.split()[-1])
 
     async def _linked(self, host: Host) -> None:
         limit = time.monotonic() + _BOOT_S
@@ -303,7 +316,7 @@ period_ms = 200
     # --- The disks -----------------------------------------------------------------------------------------------
 
     async def check_disks(self, host: Host, lines: list[dict[str, Any]]) -> list[DiskCheck]:
-        """Check a host's disks against what a client was told until now."""
+        """Check a host's disks against what a client was told that has ended."""
         told = {line["n"]: line["hash"] for line in lines if "hash" in line}
         greeting = Greeting(**next(line["greeting"] for line in lines if "greeting" in line))
         checks = []

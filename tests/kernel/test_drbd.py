@@ -32,9 +32,11 @@ from understudy.device import (
 )
 from understudy.errors import StateError, UnderstudyError
 from understudy_drbd.checkpoints import CheckpointRefused, Checkpoints
+from understudy_drbd.control import Control
 from understudy_drbd.dm import MapperRefused
 from understudy_drbd.fork import DRBD_CHECKPOINT
 from understudy_drbd.genl import Genl
+from understudy_drbd.resource import Resource
 from understudy_drbd.secondary import SecondaryDisk
 from understudy_drbd.subkind import DRBD
 
@@ -143,6 +145,36 @@ async def test_a_failover_that_failed_is_undone(pair: DrbdPair) -> None:
     assert (await pair.state(PRIMARY)).role == "Primary"
     for side in (PRIMARY, SECONDARY):
         assert not differences(pair.lower[side], disk.expected)
+
+
+@pytest.mark.parametrize("fails", ["disconnect", "detach", "attach", "promote", "distrust_peer"])
+async def test_a_takeover_that_failed_half_way_is_finished(
+    pair: DrbdPair, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    disk = Disk(pair.devices[PRIMARY], random.Random(1))
+    session = await Session.open(pair)
+    disk.write(4)
+    await session.checkpoint()
+    committed = dict(disk.expected)
+    disk.write(4)
+    monkeypatch.setattr(Resource, "log_covers", lambda *_: False)
+    step = getattr(Control, fails)
+
+    async def once(self: Control) -> None:
+        monkeypatch.setattr(Control, fails, step)
+        await step(self)
+        raise UnderstudyError("no answer in time")  # though it was done
+
+    monkeypatch.setattr(Control, fails, once)
+    with pytest.raises(UnderstudyError, match="no answer in time"):
+        await session.secondary.stop(failover=True)
+    await session.secondary.stop(failover=True)
+    state = await pair.state(SECONDARY)
+    assert state.role == "Primary"
+    assert state.out_of_sync_bytes == int(run("blockdev", "--getsize64", pair.devices[SECONDARY]))
+    assert not differences(pair.devices[SECONDARY], committed)
+    for each, verdict in ((session.secondary, Verdict.KEEP), (session.primary, Verdict.DISCARD)):
+        await each.teardown(verdict)
 
 
 async def test_nothing_is_left_of_a_planned_end(pair: DrbdPair) -> None:

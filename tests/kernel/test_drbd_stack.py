@@ -7,12 +7,10 @@ the first host die is on the second one, and the other way round; what each was 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -45,18 +43,22 @@ async def test_both_hosts_die_one_after_the_other(stack: Stack) -> None:
     chance = random.Random(seed)
     here, there = stack.pair.alpha, stack.pair.beta
     await stack.command(here, "start", GUEST)
-    for moment in itertools.islice(itertools.cycle(MOMENTS), rounds(4, 20)):
+    moments = [moment for _ in range(rounds(1, 5)) for moment in chance.sample(tuple(MOMENTS), len(MOMENTS))]
+    for moment in moments:
         client = await protected(stack, here, there)
         epoch = await dies(stack, here, moment, chance)
         await stack.becomes(there, "alone")
-        lines = await client.replies(5)
-        assert_kept(lines)
-        for check in await stack.check_disks(there, lines):
+        await client.replies(5)
+        summary = await client.end()
+        assert summary["connection_kept"], summary
+        assert not summary["bad"], summary
+        assert not summary["unanswered"], summary
+        for check in await stack.check_disks(there, await client.lines()):
             assert check.contiguous, check
             assert not check.acknowledged_lost, check
             assert not check.problems, check
         if epoch is not None:
-            assert await promoted_at(stack, there) == epoch - (MOMENTS[moment] or 0)
+            assert await stack.promoted_at(there) == epoch - (MOMENTS[moment] or 0)
         # The guest has DRBD itself now, and no gate.
         await stack.without(there, "understudy-drbd0", "dmsetup", "ls")
         await stack.without(there, "qdisc plug", "tc", "qdisc", "show")
@@ -74,9 +76,9 @@ async def test_both_hosts_die_one_after_the_other(stack: Stack) -> None:
     await without_the_way_back(stack, here, there)
 
 
-async def protected(stack: Stack, here: Host, there: Host, patience_s: float = 60.0) -> Client:
+async def protected(stack: Stack, here: Host, there: Host) -> Client:
     """Protect the guest that runs `here`; return a client on the other host that has got some replies."""
-    client = Client(there, f"client-{os.urandom(4).hex()}", patience_s)
+    client = Client(there, f"client-{os.urandom(4).hex()}")
     await client.replies(2)  # the guest has booted
     await stack.command(here, "protect", GUEST)
     await client.replies(5)
@@ -86,10 +88,10 @@ async def protected(stack: Stack, here: Host, there: Host, patience_s: float = 6
     return client
 
 
-async def dies(stack: Stack, here: Host, moment: str, chance: random.Random) -> int | None:
+async def dies(stack: Stack, here: Host, moment: str, chance: random.Random | None = None) -> int | None:
     """Kill a host's kernel at a moment; return the epoch that was under way, where that is known."""
     if moment == AT_RANDOM:
-        await asyncio.sleep(chance.random())
+        await asyncio.sleep((chance or random.Random()).random())
         await stack.crash(here)
         return None
     if moment == IN_TRANSFER:
@@ -103,26 +105,14 @@ async def dies(stack: Stack, here: Host, moment: str, chance: random.Random) -> 
     return epoch
 
 
-async def promoted_at(stack: Stack, there: Host) -> int:
-    """Return the checkpoint that the disk on DRBD went back to."""
-    said = re.findall(r"resource r0 is primary at checkpoint (\d+)", await stack.log(there, 100))
-    return int(said[-1])
-
-
-def assert_kept(lines: Sequence[dict[str, Any]]) -> None:
-    """See that a client has had nothing but right replies."""
-    assert all(line["ok"] for line in lines if "n" in line), lines[-10:]
-    assert not [line for line in lines if "lost" in line]
-
-
 # --- What must be seen -----------------------------------------------------------------------------------------------
 
 
 async def without_a_gate(stack: Stack, here: Host, there: Host) -> None:
     """Let the primary die after it has said what no checkpoint holds: the client must see it."""
     stack.wishes(here).wish(NO_GATE)
-    client = await protected(stack, here, there, patience_s=8)
-    await dies(stack, here, AFTER_CUT, random.Random())
+    client = await protected(stack, here, there)
+    await dies(stack, here, AFTER_CUT)
     await stack.becomes(there, "alone")
     assert await client.harmed()
 
@@ -131,6 +121,7 @@ async def without_the_way_back(stack: Stack, here: Host, there: Host) -> None:
     """Promote the disk on DRBD as it is, later than the memory: the guest must see it."""
     stack.wishes(there).wish(NO_WAY_BACK)
     client = await protected(stack, here, there)
-    await dies(stack, here, AFTER_CUT, random.Random())
+    await dies(stack, here, AFTER_CUT)
     await stack.becomes(there, "alone")
-    assert "disk 0: BAD-" in (await client.harmed())[0]
+    # The copy has perhaps done the same words already, with other random values.
+    assert any(re.search("disk 0: BAD-(FUTURE|HASH)", what) for what in await client.harmed())

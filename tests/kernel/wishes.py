@@ -1,18 +1,22 @@
 """The program of a host's agent, with places at which the host is to die, and with faults that must be seen.
 
-Which of them is wished for is in a file that the test writes while the agent runs. An agent that has come to such a
-place says so in another file and does no more: its kernel is killed from outside then.
+Which of them is wished for is in a file that the test writes while the agent runs. At such a place nothing leaves the
+host any more; the agent says so in another file, and its kernel is killed from outside.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+
+from understudy.netlink import NLM_F_ACK, NLM_F_REQUEST, message, messages, raise_refusal
 
 AFTER_CUT: Final = (
     "after-cut"  #: the guest stands still, its disks are cut; nobody has asked QEMU for a checkpoint
@@ -27,7 +31,10 @@ NO_WAY_BACK: Final = "no-way-back"  #: a fault: a disk on DRBD stays as new as i
 _PLACES: Final = (AFTER_CUT, IN_TRANSFER, AFTER_LOAD)
 _EPOCH_S: Final = 1.0
 _PART_BYTES: Final = 32 << 10
-_SENT = Path("/sys/class/net/vec0/statistics/tx_bytes")
+_CABLE: Final = "vec0"
+_SENT = Path(f"/sys/class/net/{_CABLE}/statistics/tx_bytes")
+_RTM_NEWLINK: Final = 16
+_IFF_UP: Final = 1
 
 
 class Wishes:
@@ -103,6 +110,7 @@ class WatchedPhases:
         began = int(_SENT.read_text())
         while int(_SENT.read_text()) < began + _PART_BYTES:
             time.sleep(0.002)
+        _take_down(_CABLE)
         self._wishes.tell(epoch)
 
     async def checkpoint(self, epoch: int) -> None:
@@ -118,6 +126,15 @@ class WatchedPhases:
     async def postresume(self, epoch: int) -> None:
         """Hear that it runs."""
         await self._phases.postresume(epoch)
+
+
+def _take_down(interface: str) -> None:
+    # Without a process, which would take as long as a part of the checkpoint.
+    link = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(interface), 0, _IFF_UP)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
+        route.send(message(_RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK, link))
+        ((_, answer),) = messages(route.recv(4096))
+        raise_refusal(answer)
 
 
 def _put_in(wishes: Wishes) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tests.testbeds.twoagents import two_hosts
 from understudy.arbiter import Record, SwapResult
 from understudy.errors import ArbiterError, StateError
+from understudy.session.effects import Effect, Report
 from understudy.session.events import GuestReset
 
 
@@ -50,3 +51,28 @@ async def test_an_engine_that_has_ended_says_so_to_whoever_asks(tmp_path: Path) 
             await asyncio.wait_for(asking, 5)
         with pytest.raises(StateError, match="engine of guest web has ended"):
             await asyncio.wait_for(driver.ask(GuestReset()), 5)
+
+
+async def test_settling_waits_for_what_an_event_asked_for_and_is_no_event(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as hosts:
+        await hosts.call("alpha", "start", guest="web")
+        await hosts.call("alpha", "protect", guest="web", peer="beta")
+        driver = hosts.agents["alpha"].tenure("web").driver
+        assert driver
+        reports: list[Effect] = []
+        may_end = asyncio.Event()
+
+        async def slow(effect: Effect) -> None:
+            await may_end.wait()
+            reports.append(effect)
+
+        driver._carries[Report] = slow
+        driver.post(GuestReset())
+        settling = asyncio.create_task(driver.settle())
+        await asyncio.sleep(0.05)
+        assert not settling.done()
+        may_end.set()
+        await asyncio.wait_for(settling, 5)
+        assert reports == [Report("guest-reset")]
+        await asyncio.wait_for(driver.settle(), 5)
+        assert reports == [Report("guest-reset")]

@@ -1,7 +1,7 @@
 """What is done to a DRBD resource: through the kernel where a takeover waits for it, else with DRBD's own tools.
 
 Every run of a tool has a deadline; none is started while a guest is paused for a checkpoint. At a takeover the only one
-is the one that applies the activity log, as long as DRBD is 8.4. Of DRBD 9 all is asked through its tools.
+is the one that applies the activity log, as long as DRBD is 8.4. Of any other DRBD all is asked through its tools.
 
 Source: drbdadm(8), drbdsetup(8), drbdmeta(8).
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import threading
@@ -131,7 +130,7 @@ class Control:
         self._genl = genl
         self._options: bytes | None = None  # of the disk that was let go
         self._apply_al: tuple[str, ...] = ("drbdadm", "apply-al", resource.name)
-        # A tool whose caller was cancelled goes on in its thread; what undoes its work must come after it.
+        # A request whose caller was cancelled goes on in its thread; what undoes its work must come after it.
         self._lock = threading.Lock()
 
     @classmethod
@@ -161,11 +160,14 @@ class Control:
 
         Raises:
             ToolFailed: ``drbdadm`` does not tell how it would apply the activity log.
+            TimeoutError: It hangs.
         """
         if self._genl is not None:
             # It would start the same program; the guest is not to wait for its reading the configuration.
             told = await _in_thread("drbdadm", "--dry-run", "apply-al", self.resource.name)
-            self._apply_al = tuple(shlex.split(told)) or self._apply_al
+            lines = told.splitlines()
+            if len(lines) == 1 and lines[0].endswith(" apply-al"):
+                self._apply_al = tuple(lines[0].split())
 
     async def state(self) -> State:
         """Return the resource's state at this moment.
@@ -257,7 +259,8 @@ class Control:
         if self._genl is None:
             await self._drbdadm("detach")
             return
-        self._options = await self._ask("show", self._genl.options)
+        # Not told any more while an earlier attempt is under way.
+        self._options = await self._ask("show", self._genl.options) or self._options
         await self._ask("detach", self._genl.detach)
 
     async def attach(self) -> None:
@@ -303,8 +306,15 @@ class Control:
         return await threads.run(self._one_at_a_time, call, timeout_s=2 * _TOOL_S)
 
     def _one_at_a_time(self, call: Callable[[], T]) -> T:
-        with self._lock:
+        # What hangs in the kernel holds this for good; those who come later must not hang with it.
+        if not self._lock.acquire(timeout=_TOOL_S):
+            raise UnderstudyError(
+                f"DRBD resource {self.resource.name}: an earlier request still hangs in the kernel"
+            )
+        try:
             return call()
+        finally:
+            self._lock.release()
 
 
 async def _in_thread(*argv: str, timeout_s: float = _TOOL_S) -> str:

@@ -68,7 +68,6 @@ _NO_MINOR: Final = 0xFFFFFFFF
 _GENERIC = struct.Struct("=BBH")
 _DRBD = struct.Struct("=Ii")
 _ANSWER_BYTES: Final = 1 << 16
-_ANSWER_S: Final = 20.0
 
 _DONE: Final = frozenset({101, 1, 2, 3, 4})  # NO_ERROR, and what enum drbd_state_rv has above zero
 _NAMES: Final[Mapping[int, str]] = {
@@ -121,7 +120,10 @@ class DrbdRefused(UnderstudyError):
 
 
 class Genl:
-    """The kernel's side of one DRBD device. The calls block, and may be made from any thread, one after the other.
+    """The kernel's side of one DRBD device.
+
+    The calls may be made from any thread, one after the other. They block for as long as DRBD needs: a disk that does
+    not answer holds up `detach`.
 
     Args:
         minor: Of the device.
@@ -139,15 +141,18 @@ class Genl:
         """Return the way to a device, ``None`` where DRBD is not there or is another one.
 
         Raises:
-            OSError: No netlink socket can be had.
+            DrbdRefused: The kernel cannot be asked.
         """
         body = _GENERIC.pack(_CTRL_CMD_GETFAMILY, 1, 0) + attribute(_CTRL_ATTR_FAMILY_NAME, text(_FAMILY))
         try:
             told = dict(attributes(_ask(_GENL_ID_CTRL, body)[_GENERIC.size :]))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise DrbdRefused(f"DRBD's messages cannot be found: {error.strerror or error}") from error
         version, family = (
-            int.from_bytes(told[key], sys.byteorder) for key in (_CTRL_ATTR_VERSION, _CTRL_ATTR_FAMILY_ID)
+            int.from_bytes(told.get(key, b""), sys.byteorder)
+            for key in (_CTRL_ATTR_VERSION, _CTRL_ATTR_FAMILY_ID)
         )
         return cls(minor, family) if version == _VERSION else None
 
@@ -160,10 +165,10 @@ class Genl:
         return self._status().get(_DISK_CONF)
 
     def disconnect(self) -> None:
-        """Give the peer up, without its consent; harmless when there is none any more.
+        """Give the peer up, without its consent; does nothing when there is none any more.
 
         Raises:
-            DrbdRefused: Why not.
+            DrbdRefused: Why not; also when DRBD gave it up by itself at this moment.
         """
         names = dict(attributes(self._status().get(_CFG_CONTEXT, b"")))
         if _PEER_ADDRESS in names:
@@ -231,9 +236,9 @@ class Genl:
 
 
 def _ask(family: int, body: bytes) -> bytes:
-    # A socket for each: whoever gave up waiting for an answer must not leave it to the next one.
+    # A socket for each: whoever failed between question and answer must not leave the answer to the next one. The
+    # request is carried out within `send`; no deadline of a socket's bounds that.
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC) as sock:
-        sock.settimeout(_ANSWER_S)
         sock.send(message(family, NLM_F_REQUEST, body))
         for kind, answer in messages(sock.recv(_ANSWER_BYTES)):
             if kind == NLMSG_ERROR:

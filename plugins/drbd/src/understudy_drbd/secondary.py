@@ -55,7 +55,18 @@ class SecondaryDisk(ProtectedDevice):
     Make one with `open`.
     """
 
-    __slots__ = ("_control", "_cut_ns", "_cuts", "_held", "_left", "_mapper", "_name", "_severed", "_volume")
+    __slots__ = (
+        "_control",
+        "_cut_ns",
+        "_cuts",
+        "_held",
+        "_is_back",
+        "_left",
+        "_mapper",
+        "_name",
+        "_severed",
+        "_volume",
+    )
 
     def __init__(self, context: OpenContext, control: Control, mapper: Mapper, volume: ThinVolume) -> None:
         self._name = context.device.name
@@ -67,6 +78,7 @@ class SecondaryDisk(ProtectedDevice):
         self._cut_ns = 0
         self._severed = False
         self._left = False  # this side has begun to leave the mirror
+        self._is_back = False  # DRBD has the disk of the checkpoint that this side holds
 
     @classmethod
     async def open(cls, context: OpenContext, control: Control) -> Self:
@@ -190,18 +202,25 @@ class SecondaryDisk(ProtectedDevice):
             raise StateError(f"{self._name}: this side holds no checkpoint of the disk")
         self._left = True
         control = self._control
-        await self._let_go()
-        await control.disconnect()
-        await control.detach()
-        await patiently(self._volume.roll_back, self._held)
-        await control.attach()
-        await control.promote()
+        if not self._is_back or (await control.state()).role != "Primary":
+            await self._go_back()
         if await self._strayed() or not control.resource.log_covers(self._volume.sectors * 512):
             await control.distrust_peer()
         await self._hand_over()
         _log.info(
             "%s: DRBD resource %s is primary at checkpoint %d", self._name, control.resource.name, self._held
         )
+
+    async def _go_back(self) -> None:
+        control = self._control
+        await self._let_go()
+        await control.disconnect()
+        await control.detach()
+        await patiently(self._volume.roll_back, self._held)
+        await control.attach()
+        # A primary without its peer cannot let go of its disk: from here on another attempt goes on, not back.
+        self._is_back = True
+        await control.promote()
 
     # What a copy that runs needs beyond that (`understudy_drbd.speculating`).
 

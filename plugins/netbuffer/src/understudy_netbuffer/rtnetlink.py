@@ -2,7 +2,8 @@
 
 A change of a plug qdisc asks for its *echo* (``NLM_F_ECHO``) instead of a bare acknowledgement: the kernel answers with
 the qdisc as it is after the change, counters included. So one answer confirms the change, and says how many bytes were
-held at the barrier and how many have left so far. A refusal is an ``NLMSG_ERROR`` as ever.
+held at the barrier and how many have left so far. A refusal is an ``NLMSG_ERROR`` as ever. Nothing is cut out of a
+datagram before it is looked at, as `understudy.netlink` does: these are read while the guest stands still.
 
 ========  =====  ===================================================================
 offset    size   field, all of the host's byte order

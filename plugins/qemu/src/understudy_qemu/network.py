@@ -179,8 +179,10 @@ def _open(name: str, bridge: str) -> None:
     master = _existing(bridge)
     if _kind(bridge) != "bridge":  # the kernel takes other masters, too
         raise OSError(errno.EINVAL, f"{bridge} is no bridge")
-    # In one message: the kernel changes the master first, then the flags.
-    _change(_existing(name), flags=_IFF_UP, more=attribute(_IFLA_MASTER, struct.pack("=I", master)))
+    index = _existing(name)
+    # Two messages: of one, most kernels carry out the flags first, and the tap would be up and on no bridge.
+    _change(index, more=attribute(_IFLA_MASTER, struct.pack("=I", master)))
+    _change(index, flags=_IFF_UP)
 
 
 def _close(name: str) -> None:
@@ -255,7 +257,8 @@ def _ask(kind: int, body: bytes) -> bytes:
     ) as route:
         route.settimeout(DEADLINE_S)
         route.send(message(kind, flags, body))
-        ((answered, answer),) = messages(route.recv(65536))
-    if answered == NLMSG_ERROR:
-        raise_refusal(answer)
-    return answer
+        for answered, answer in messages(route.recv(65536)):
+            if answered == NLMSG_ERROR:
+                raise_refusal(answer)
+            return answer
+    raise OSError(errno.EPROTO, "the kernel gave no answer")
