@@ -130,6 +130,8 @@ async def epochs_of(
             seen += [each for each in lan.captured() if each.guest == 0]
         # What is still on its way to the gate joins the next epoch, and leaves with it: later, never earlier.
         await told(process, "barrier", epoch)
+    # The last burst has come to the gate when this returns, in time for the epoch after the last one.
+    seen += await lan.outside()
     for epoch in (epochs, epochs + 1):
         acknowledged_ns[epoch] = time.time_ns()
         await told(process, "commit", epoch)
