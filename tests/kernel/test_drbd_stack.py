@@ -65,11 +65,10 @@ async def test_both_hosts_die_one_after_the_other(stack: Stack) -> None:
         await stack.comes_back(here)
         here, there = there, here
 
-    await stack.command(here, "stop", GUEST, "--force")
+    # No client is left, so the guest writes nothing.
     one, other = await stack.halves()
     assert one == other
 
-    await stack.command(here, "start", GUEST)
     await without_a_gate(stack, here, there)
     await stack.comes_back(here)
     here, there = there, here
