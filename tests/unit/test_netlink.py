@@ -15,6 +15,7 @@ from understudy.netlink import (
     NLM_F_REQUEST,
     NLMSG_ERROR,
     acknowledged,
+    ask,
     attribute,
     attributes,
     message,
@@ -60,9 +61,9 @@ def test_the_kernel_reads_them_and_its_refusal_is_raised() -> None:
         sock.settimeout(5)
         for name, code in (("lo", None), ("nowhere-at-all", errno.ENODEV)):
             link = struct.pack("=BxHiII", 0, 0, 0, 0, 0)
-            ask = acknowledged(message(18, NLM_F_REQUEST, link + attribute(3, text(name))))  # RTM_GETLINK
-            assert struct.unpack_from("=H", ask, 6) == (NLM_F_REQUEST | NLM_F_ACK,)
-            sock.send(ask)
+            request = acknowledged(message(18, NLM_F_REQUEST, link + attribute(3, text(name))))  # RTM_GETLINK
+            assert struct.unpack_from("=H", request, 6) == (NLM_F_REQUEST | NLM_F_ACK,)
+            sock.send(request)
             answers = [each for _ in range(1 if code else 2) for each in messages(sock.recv(65536))]
             refusal = next(body for kind, body in answers if kind == NLMSG_ERROR)
             if code is None:
@@ -73,3 +74,10 @@ def test_the_kernel_reads_them_and_its_refusal_is_raised() -> None:
                 with pytest.raises(OSError, match="No such device") as raised:
                     raise_refusal(refusal)
                 assert raised.value.errno == code
+
+
+def test_a_question_on_a_socket_of_its_own() -> None:
+    link = message(18, NLM_F_REQUEST, struct.pack("=BxHiII", 0, 0, 0, 0, 0) + attribute(3, text("lo")))
+    assert dict(attributes(ask(socket.NETLINK_ROUTE, link)[16:]))[3] == text("lo")
+    with pytest.raises(OSError, match="No such device"):
+        ask(socket.NETLINK_ROUTE, link.replace(b"lo", b"l?"))

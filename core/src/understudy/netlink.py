@@ -15,7 +15,9 @@ Source: netlink(7); Linux include/uapi/linux/netlink.h.
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -26,6 +28,7 @@ __all__ = [
     "NLM_F_CREATE",
     "NLM_F_REQUEST",
     "acknowledged",
+    "ask",
     "attribute",
     "attributes",
     "message",
@@ -46,6 +49,8 @@ _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _FLAGS = struct.Struct("=H")
 _FLAGS_AT: Final = 6
+_ANSWER_BYTES: Final = 1 << 16
+_ANSWER_S: Final = 5.0
 
 
 def message(kind: int, flags: int, body: bytes) -> bytes:
@@ -73,6 +78,29 @@ def messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
             return
         yield kind, datagram[_HEADER.size : length]
         datagram = datagram[_padded(length) :]
+
+
+def ask(protocol: int, request: bytes) -> bytes:
+    """Send a message on a socket of its own, and return the body of the answer; blocks.
+
+    Whoever failed between question and answer leaves no answer to the next one.
+
+    Args:
+        protocol: ``NETLINK_*``, e.g. ``socket.NETLINK_ROUTE``.
+        request: A message that is answered, by its nature or because it is `acknowledged`.
+
+    Raises:
+        OSError: The kernel refuses, or no socket can be had.
+        TimeoutError: It gives no answer. Most protocols carry a request out within `send`, however long that takes.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as sock:
+        sock.settimeout(_ANSWER_S)
+        sock.send(request)
+        for kind, answer in messages(sock.recv(_ANSWER_BYTES)):
+            if kind == NLMSG_ERROR:
+                raise_refusal(answer)
+            return answer
+    raise OSError(errno.EPROTO, "the kernel gave no answer")
 
 
 def raise_refusal(body: bytes) -> None:

@@ -232,10 +232,8 @@ class Control:
         if (await self.state()).connection in _ALONE:
             return
         try:
-            if self._genl is not None:
-                await self._ask("disconnect", self._genl.disconnect)
-            elif self.version >= _FORCE_IS_AN_OPTION:
-                await self._drbdadm("disconnect", "--force")
+            if self.version >= _FORCE_IS_AN_OPTION:
+                await self._change(Genl.disconnect, "disconnect", "--force")
             else:
                 await self._drbdadm("--", "--force", "disconnect")
         except (ToolFailed, DrbdRefused):
@@ -256,12 +254,10 @@ class Control:
         """Let go of the disk below; harmless when that has been done."""
         if (await self.state()).disk == "Diskless":
             return
-        if self._genl is None:
-            await self._drbdadm("detach")
-            return
-        # Not told any more while an earlier attempt is under way.
-        self._options = await self._ask("show", self._genl.options) or self._options
-        await self._ask("detach", self._genl.detach)
+        if self._genl is not None:
+            # Not told any more while an earlier attempt is under way.
+            self._options = await self._ask("show", self._genl.options) or self._options
+        await self._change(Genl.detach, "detach")
 
     async def attach(self) -> None:
         """Take the disk below as it is now, its activity log applied first: nobody closed it properly."""
@@ -273,10 +269,7 @@ class Control:
 
     async def promote(self) -> None:
         """Become DRBD's primary."""
-        if self._genl is None:
-            await self._drbdadm("primary")
-        else:
-            await self._ask("primary", self._genl.promote)
+        await self._change(Genl.promote, "primary")
 
     async def demote(self) -> None:
         """Become DRBD's secondary; nobody may have the device open."""
@@ -288,14 +281,17 @@ class Control:
         Guarantees:
             It is written down on this disk, and true whichever host turns out to be the one that is copied to.
         """
-        if self._genl is None:
-            await self._drbdadm("invalidate-remote")
-        else:
-            await self._ask("invalidate-remote", self._genl.distrust_peer)
+        await self._change(Genl.distrust_peer, "invalidate-remote")
 
     async def distrust_own(self) -> None:
         """Have the next resynchronisation copy the whole disk to here; as DRBD's secondary, without a connection."""
         await self._drbdadm("invalidate")
+
+    async def _change(self, direct: Callable[[Genl], None], command: str, *arguments: str) -> None:
+        if self._genl is None:
+            await self._drbdadm(command, *arguments)
+        else:
+            await self._ask(command, partial(direct, self._genl))
 
     async def _drbdadm(self, command: str, *arguments: str) -> None:
         words = " ".join((command, *arguments))

@@ -17,25 +17,13 @@ Source: Linux include/linux/drbd_genl.h, drbd_genl_api.h, drbd.h; drivers/block/
 
 from __future__ import annotations
 
-import errno
-import socket
 import struct
 import sys
 from collections.abc import Mapping
 from typing import Final
 
 from understudy.errors import UnderstudyError
-from understudy.netlink import (
-    NLM_F_REQUEST,
-    NLMSG_ERROR,
-    attribute,
-    attributes,
-    message,
-    messages,
-    nested,
-    raise_refusal,
-    text,
-)
+from understudy.netlink import NLM_F_REQUEST, ask, attribute, attributes, message, nested, text
 
 __all__ = ["DrbdRefused", "Genl"]
 
@@ -67,7 +55,6 @@ _NO_MINOR: Final = 0xFFFFFFFF
 
 _GENERIC = struct.Struct("=BBH")
 _DRBD = struct.Struct("=Ii")
-_ANSWER_BYTES: Final = 1 << 16
 
 _DONE: Final = frozenset({101, 1, 2, 3, 4})  # NO_ERROR, and what enum drbd_state_rv has above zero
 _NAMES: Final[Mapping[int, str]] = {
@@ -145,11 +132,12 @@ class Genl:
         """
         body = _GENERIC.pack(_CTRL_CMD_GETFAMILY, 1, 0) + attribute(_CTRL_ATTR_FAMILY_NAME, text(_FAMILY))
         try:
-            told = dict(attributes(_ask(_GENL_ID_CTRL, body)[_GENERIC.size :]))
+            answer = ask(_NETLINK_GENERIC, message(_GENL_ID_CTRL, NLM_F_REQUEST, body))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise DrbdRefused(f"DRBD's messages cannot be found: {error.strerror or error}") from error
+        told = dict(attributes(answer[_GENERIC.size :]))
         version, family = (
             int.from_bytes(told.get(key, b""), sys.byteorder)
             for key in (_CTRL_ATTR_VERSION, _CTRL_ATTR_FAMILY_ID)
@@ -217,7 +205,7 @@ class Genl:
     def _command(self, name: str, number: int, minor: int, body: bytes) -> bytes:
         header = _GENERIC.pack(number, _VERSION, 0) + _DRBD.pack(minor, 0)
         try:
-            answer = _ask(self._family, header + body)
+            answer = ask(_NETLINK_GENERIC, message(self._family, NLM_F_REQUEST, header + body))
         except OSError as error:
             raise DrbdRefused(f"DRBD minor {self._minor}: {name}: {error.strerror or error}") from error
         _, code = _DRBD.unpack_from(answer, _GENERIC.size)
@@ -233,16 +221,3 @@ class Genl:
             why = "; ".join([f"{_NAMES.get(code, 'code')} ({code})", *said])
             raise DrbdRefused(f"DRBD minor {self._minor}: {name}: {why}")
         return told
-
-
-def _ask(family: int, body: bytes) -> bytes:
-    # A socket for each: whoever failed between question and answer must not leave the answer to the next one. The
-    # request is carried out within `send`; no deadline of a socket's bounds that.
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC) as sock:
-        sock.send(message(family, NLM_F_REQUEST, body))
-        for kind, answer in messages(sock.recv(_ANSWER_BYTES)):
-            if kind == NLMSG_ERROR:
-                raise_refusal(answer)
-            if kind == family:
-                return answer
-    raise OSError(errno.EPROTO, "the kernel gave no answer")

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from understudy.netlink import NLM_F_CREATE, NLM_F_REQUEST
+
 __all__ = [
     "INGRESS",
     "INGRESS_HANDLE",
@@ -42,7 +44,6 @@ __all__ = [
     "refusal_of",
 ]
 
-NLMSG_ERROR: Final = 2
 RTM_NEWLINK: Final = 16
 RTM_DELLINK: Final = 17
 RTM_NEWQDISC: Final = 36
@@ -53,10 +54,8 @@ RTM_DELTFILTER: Final = 45
 RTM_NEWACTION: Final = 48
 RTM_DELACTION: Final = 49
 
-_NLM_F_REQUEST: Final = 0x001
 _NLM_F_ECHO: Final = 0x008
 _NLM_F_REPLACE: Final = 0x100
-_NLM_F_CREATE: Final = 0x400
 _NLM_F_ACK_TLVS: Final = 0x200
 
 ROOT: Final = 0xFFFFFFFF  #: TC_H_ROOT
@@ -154,14 +153,14 @@ def fresh_message(index: int, handle: int, limit_bytes: int) -> bytearray:
         handle: One that the present root does not have; else the kernel takes it for a change.
         limit_bytes: How much it may hold; without it the kernel's default is far too small.
     """
-    return _plug(index, handle, Action.LIMIT, limit_bytes, _NLM_F_CREATE | _NLM_F_REPLACE)
+    return _plug(index, handle, Action.LIMIT, limit_bytes, NLM_F_CREATE | _NLM_F_REPLACE)
 
 
 def read_message(index: int, handle: int) -> bytearray:
     """Encode the question for a qdisc's counters."""
     size = _HEADER.size + _TRAFFIC.size
     message = bytearray(size)
-    _HEADER.pack_into(message, 0, size, RTM_GETQDISC, _NLM_F_REQUEST | _NLM_F_ECHO, 0, 0)
+    _HEADER.pack_into(message, 0, size, RTM_GETQDISC, NLM_F_REQUEST | _NLM_F_ECHO, 0, 0)
     _TRAFFIC.pack_into(message, _HEADER.size, 0, index, handle, ROOT, 0)
     return message
 
@@ -169,7 +168,7 @@ def read_message(index: int, handle: int) -> bytearray:
 def _plug(index: int, handle: int, action: Action, limit_bytes: int, flags: int) -> bytearray:
     start = _HEADER.size + _TRAFFIC.size
     message = bytearray(start + _PLUG.size)
-    _HEADER.pack_into(message, 0, len(message), RTM_NEWQDISC, _NLM_F_REQUEST | _NLM_F_ECHO | flags, 0, 0)
+    _HEADER.pack_into(message, 0, len(message), RTM_NEWQDISC, NLM_F_REQUEST | _NLM_F_ECHO | flags, 0, 0)
     _TRAFFIC.pack_into(message, _HEADER.size, 0, index, handle, ROOT, 0)
     # TCA_KIND is 1 and its text ends with one zero; TCA_OPTIONS is 2.
     _PLUG.pack_into(message, start, 9, 1, _KIND, 12, 2, action, limit_bytes)

@@ -24,9 +24,9 @@ from typing import Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from understudy.errors import HypervisorError
+from understudy.netlink import NLMSG_ERROR
 from understudy_netbuffer.mailbox import Mailbox
 from understudy_netbuffer.rtnetlink import (
-    NLMSG_ERROR,
     RTM_DELACTION,
     RTM_NEWACTION,
     RTM_NEWQDISC,

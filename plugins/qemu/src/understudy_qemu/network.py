@@ -25,16 +25,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from understudy.errors import HypervisorError
-from understudy.netlink import (
-    NLM_F_ACK,
-    NLM_F_REQUEST,
-    NLMSG_ERROR,
-    attribute,
-    attributes,
-    message,
-    messages,
-    raise_refusal,
-)
+from understudy.netlink import NLM_F_REQUEST, acknowledged, ask, attribute, attributes, message
 from understudy.threads import TimedThreads
 
 __all__ = [
@@ -250,15 +241,6 @@ def _change(index: int, *, flags: int | None = None, more: bytes = b"") -> None:
 
 
 def _ask(kind: int, body: bytes) -> bytes:
-    # One request, one answer: the link asked for, or the acknowledgement.
-    flags = NLM_F_REQUEST | (0 if kind == _RTM_GETLINK else NLM_F_ACK)
-    with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
-    ) as route:
-        route.settimeout(DEADLINE_S)
-        route.send(message(kind, flags, body))
-        for answered, answer in messages(route.recv(65536)):
-            if answered == NLMSG_ERROR:
-                raise_refusal(answer)
-            return answer
-    raise OSError(errno.EPROTO, "the kernel gave no answer")
+    # The answer is the link that was asked for, or the acknowledgement.
+    request = message(kind, NLM_F_REQUEST, body)
+    return ask(socket.NETLINK_ROUTE, request if kind == _RTM_GETLINK else acknowledged(request))
