@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.testbeds.kernel.whole import write_whole
 from understudy.device import DeviceInfo, Kind, OpenContext, Peer, ProtectedDevice, ReplicationMode, Verdict
 from understudy.testing.subkind_kit import open_context
 from understudy_drbd.subkind import DRBD
@@ -89,13 +90,6 @@ def read(device: Path) -> dict[str, str]:
     return {str(n): block.rstrip(b"\1").decode() for n, block in enumerate(blocks) if block.strip(b"\0")}
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written, whenever the kernel dies."""
-    made = path.with_suffix(".new")
-    made.write_text(text)
-    made.replace(path)
-
-
 async def primary(directory: Path) -> None:
     chance = random.Random(1)
     line = Line(*await asyncio.open_connection(*ADDRESS))
@@ -107,7 +101,7 @@ async def primary(directory: Path) -> None:
         await device.postsuspend(epoch)
         await line.request("checkpoint", {"epoch": epoch}, timeout_s=10)
         await device.error()
-        replace(directory / "committed", str(epoch))
+        write_whole(directory / "committed", str(epoch))
         await line.request("commit", {"epoch": epoch}, timeout_s=10)
         await device.commit(epoch)
         if epoch == EPOCHS:

@@ -69,10 +69,10 @@ async def test_both_hosts_die_one_after_the_other(stack: Stack) -> None:
     one, other = await stack.halves()
     assert one == other
 
-    await without_a_gate(stack, here, there)
+    await without_a_gate(stack, here, there, chance)
     await stack.comes_back(here)
     here, there = there, here
-    await without_the_way_back(stack, here, there)
+    await without_the_way_back(stack, here, there, chance)
 
 
 async def protected(stack: Stack, here: Host, there: Host) -> Client:
@@ -87,10 +87,10 @@ async def protected(stack: Stack, here: Host, there: Host) -> Client:
     return client
 
 
-async def dies(stack: Stack, here: Host, moment: str, chance: random.Random | None = None) -> int | None:
+async def dies(stack: Stack, here: Host, moment: str, chance: random.Random) -> int | None:
     """Kill a host's kernel at a moment; return the epoch that was under way, where that is known."""
     if moment == AT_RANDOM:
-        await asyncio.sleep((chance or random.Random()).random())
+        await asyncio.sleep(chance.random())
         await stack.crash(here)
         return None
     if moment == IN_TRANSFER:
@@ -107,20 +107,20 @@ async def dies(stack: Stack, here: Host, moment: str, chance: random.Random | No
 # --- What must be seen -----------------------------------------------------------------------------------------------
 
 
-async def without_a_gate(stack: Stack, here: Host, there: Host) -> None:
+async def without_a_gate(stack: Stack, here: Host, there: Host, chance: random.Random) -> None:
     """Let the primary die after it has said what no checkpoint holds: the client must see it."""
     stack.wishes(here).wish(NO_GATE)
     client = await protected(stack, here, there)
-    await dies(stack, here, AFTER_CUT)
+    await dies(stack, here, AFTER_CUT, chance)
     await stack.becomes(there, "alone")
     assert await client.harmed()
 
 
-async def without_the_way_back(stack: Stack, here: Host, there: Host) -> None:
+async def without_the_way_back(stack: Stack, here: Host, there: Host, chance: random.Random) -> None:
     """Promote the disk on DRBD as it is, later than the memory: the guest must see it."""
     stack.wishes(there).wish(NO_WAY_BACK)
     client = await protected(stack, here, there)
-    await dies(stack, here, AFTER_CUT)
+    await dies(stack, here, AFTER_CUT, chance)
     await stack.becomes(there, "alone")
     # The copy has perhaps done the same words already, with other random values.
     assert any(re.search("disk 0: BAD-(FUTURE|HASH)", what) for what in await client.harmed())

@@ -16,7 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from understudy.netlink import NLM_F_ACK, NLM_F_REQUEST, message, messages, raise_refusal
+from tests.testbeds.kernel.whole import write_whole
+from understudy.cli import main as understudy
+from understudy.device import OpenContext, ProtectedDevice
+from understudy.netlink import NLM_F_REQUEST, acknowledged, ask, message
+from understudy_drbd.thin import ThinVolume
+from understudy_netbuffer import subkind
+from understudy_qemu.primary import QemuPrimary
 
 AFTER_CUT: Final = (
     "after-cut"  #: the guest stands still, its disks are cut; nobody has asked QEMU for a checkpoint
@@ -54,9 +60,7 @@ class Wishes:
     def wish(self, *words: str) -> None:
         """Wish for these and nothing else."""
         self._there.unlink(missing_ok=True)
-        made = self._file.with_suffix(".new")
-        made.write_text(" ".join(words))
-        made.replace(self._file)
+        write_whole(self._file, " ".join(words))
 
     async def there(self, timeout_s: float) -> int:
         """Wait until the agent is at the place that was wished for; return the epoch that it is at."""
@@ -74,13 +78,11 @@ class Wishes:
     def arrive(self, epoch: int) -> None:
         """Tell the test, and do nothing any more."""
         self.tell(epoch)
-        time.sleep(3600)
+        time.sleep(3600)  # the event loop stands still, and with it the agent, until its kernel dies
 
     def tell(self, epoch: int) -> None:
         """Tell the test."""
-        made = self._there.with_suffix(".new")
-        made.write_text(str(epoch))
-        made.replace(self._there)
+        write_whole(self._there, str(epoch))
 
 
 class WatchedPhases:
@@ -109,7 +111,7 @@ class WatchedPhases:
         # The guest stands still and DRBD has sent all it wrote: what leaves now is the checkpoint.
         began = int(_SENT.read_text())
         while int(_SENT.read_text()) < began + _PART_BYTES:
-            time.sleep(0.002)
+            time.sleep(0.002)  # a counter tells nobody
         _take_down(_CABLE)
         self._wishes.tell(epoch)
 
@@ -131,18 +133,10 @@ class WatchedPhases:
 def _take_down(interface: str) -> None:
     # Without a process, which would take as long as a part of the checkpoint.
     link = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(interface), 0, _IFF_UP)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
-        route.send(message(_RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK, link))
-        ((_, answer),) = messages(route.recv(4096))
-        raise_refusal(answer)
+    ask(socket.NETLINK_ROUTE, acknowledged(message(_RTM_NEWLINK, NLM_F_REQUEST, link)))
 
 
 def _put_in(wishes: Wishes) -> None:
-    from understudy.device import OpenContext, ProtectedDevice  # noqa: PLC0415 - what follows is the agent's
-    from understudy_drbd.thin import ThinVolume  # noqa: PLC0415
-    from understudy_netbuffer import subkind  # noqa: PLC0415
-    from understudy_qemu.primary import QemuPrimary  # noqa: PLC0415
-
     take, back, hold = QemuPrimary.checkpoint, ThinVolume.roll_back, subkind.NETBUFFER.open
 
     async def checkpoint(self: QemuPrimary, epoch: int, phases: Any) -> Any:
@@ -158,6 +152,7 @@ def _put_in(wishes: Wishes) -> None:
     async def hold_or_not(context: OpenContext) -> Any:
         return ProtectedDevice() if wishes.wished(NO_GATE) else await hold(context)
 
+    # In a process of its own, for as long as it lives; mypy is right that nothing else may.
     QemuPrimary.checkpoint = checkpoint  # type: ignore[method-assign]
     ThinVolume.roll_back = roll_back  # type: ignore[method-assign]
     subkind.NETBUFFER = replace(subkind.NETBUFFER, open=hold_or_not)  # type: ignore[misc]
@@ -165,8 +160,6 @@ def _put_in(wishes: Wishes) -> None:
 
 def main() -> None:
     """Run ``understudy ARGUMENT…`` on a host whose wishes are heard; before them the common directory and its name."""
-    from understudy.cli import main as understudy  # noqa: PLC0415 - as above
-
     common, host = sys.argv[1:3]
     _put_in(Wishes(Path(common), host))
     sys.argv[1:3] = []
