@@ -1,0 +1,1 @@
+"""Xen for Understudy: the hypervisor, migration streams, and a xenstore client."""
