@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.testbeds.kernel.xstate import COMPILER, built_library
+
 __all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel", "running"]
 
 PROGRAM: Final = "linux.uml"
@@ -70,7 +72,9 @@ def missing_for_kernel() -> list[str]:
     if not Path("/bin/busybox").exists():
         missing.append("/bin/busybox (busybox-static)")
     return missing + [
-        f"the program {name}" for name in ("modprobe", "ip", "taskset") if shutil.which(name) is None
+        f"the program {name}"
+        for name in ("modprobe", "ip", "taskset", COMPILER)
+        if shutil.which(name) is None
     ]
 
 
@@ -212,8 +216,12 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                # The memory file is made in TMPDIR; a disk would be written to all the time.
-                env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": memory_directory(memory_mib)},
+                env={
+                    "PATH": os.environ.get("PATH", os.defpath),
+                    # The memory file is made there; a disk would be written to all the time.
+                    "TMPDIR": memory_directory(memory_mib),
+                    "LD_PRELOAD": str(built_library()),
+                },
                 pass_fds=[*passed, *copies],
                 # One group for the kernel and what it starts: killed alone it leaves two processes behind.
                 start_new_session=True,
