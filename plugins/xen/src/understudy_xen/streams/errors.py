@@ -9,7 +9,7 @@ from understudy.errors import UnderstudyError
 if TYPE_CHECKING:
     from understudy_xen.streams.frames import Frame
 
-__all__ = ["StreamCut", "StreamError"]
+__all__ = ["BodyError", "StreamCut", "StreamError"]
 
 
 class StreamError(UnderstudyError):
@@ -43,3 +43,23 @@ class StreamError(UnderstudyError):
 
 class StreamCut(StreamError):
     """The stream ends where it may not: what came is right as far as it goes."""
+
+
+class BodyError(UnderstudyError):
+    """The body of a record, looked at by itself, is wrong.
+
+    Args:
+        problem: What is wrong.
+        at: Offset in the body at which it showed.
+        allowed: What would be right, if that can be said.
+    """
+
+    def __init__(self, problem: str, *, at: int = 0, allowed: str = "") -> None:
+        super().__init__(
+            problem
+            + (f" at byte {at} of the body" if at else "")
+            + (f" (allowed: {allowed})" if allowed else "")
+        )
+        self.problem = problem
+        self.at = at
+        self.allowed = allowed

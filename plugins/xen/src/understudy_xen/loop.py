@@ -1,0 +1,372 @@
+"""The primary's checkpoint loop around libxc's save, in a thread of its own.
+
+libxc blocks the thread that saves a domain and calls back at fixed points. Here each callback hands its work to the
+event loop and waits for it, so that devices, link and other guests go on as ever, and the order is that of libxl's
+Remus with one step more, the answer::
+
+    thread      suspend ─ pages ─ CHECKPOINT ─ postcopy ─ checkpoint ─────────────────────────── suspend …
+    event loop  stop the      copied by libxc  preresume  device model and CHECKPOINT_END written,
+                guest,                         resume     then the acknowledgement; the thread
+                postsuspend                               rests until the next one is asked for
+
+The domain's log-dirty mode is on for as long as the loop lives; libxc turns it off when it returns, whatever the cause.
+
+Source: tools/libs/guest/xg_sr_save.c (save, send_domain_memory_live), tools/libs/light/libxl_remus.c and
+libxl_dom_save.c of Xen 4.17.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from understudy.errors import HypervisorError, StateError
+
+if TYPE_CHECKING:
+    from understudy.device import Progress
+    from understudy.hypervisor import Phases
+    from understudy_xen.outlet import Outlet
+    from understudy_xen.wire import Ack
+
+__all__ = ["LoopGuest", "Precopy", "RemusLoop", "Save", "Taken"]
+
+_log = logging.getLogger(__name__)
+
+_PAGE_BYTES: Final = 4096
+_FEW_PAGES: Final = 50  # libxc's own target: with so few dirty the guest is stopped for the rest
+_MOST_ROUNDS: Final = 5  # libxc's own bound of the live copy
+_ACK_S: Final = 30.0
+_COPY_ACK_S: Final = 120.0  # the first copy is passed through, at the speed of the other host's libxl
+
+
+class Precopy(Enum):
+    """What is to follow a round of the live copy; values are libxc's."""
+
+    ABORT = -1
+    CONTINUE = 0
+    STOP_AND_COPY = 1
+
+
+class LoopGuest(Protocol):
+    """The guest as the loop sees it."""
+
+    async def suspend(self) -> None:
+        """Have the guest suspend and see it suspended, its device model stopped and its state captured."""
+
+    async def resume(self) -> None:
+        """Let the suspended guest and its device model run on."""
+
+    def records(self) -> bytes:
+        """Return libxl's records of the device model as it was at the last `suspend`, ``b""`` without one."""
+
+    async def log_dirty(self, *, enable: bool) -> None:
+        """Have the device model note which pages it writes, or not any more."""
+
+
+class Save(Protocol):
+    """libxc's save of one domain; blocks until the loop ends."""
+
+    def __call__(self, fd: int, callbacks: RemusLoop) -> None:
+        """Save to `fd`, calling back. Raises what a callback raised, or how libxc failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One acknowledged checkpoint; times of `time.monotonic_ns`."""
+
+    asked_ns: int  #: when the guest was asked to suspend
+    stopped_ns: int  #: when it was seen suspended
+    resumed_ns: int
+    acknowledged_ns: int
+    ack: Ack
+    parts_ns: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Round:
+    # What the checkpoint that is under way belongs to.
+    answer: asyncio.Future[Taken]
+    stopped: Callable[[], Awaitable[None]]
+    resuming: Callable[[], Awaitable[None]]
+    resumed: Callable[[], Awaitable[None]]
+    marks_ns: dict[str, int] = field(default_factory=dict)
+    after: asyncio.Task[None] | None = None
+
+    def mark(self, name: str) -> None:
+        self.marks_ns[name] = time.monotonic_ns()
+
+
+async def _nothing() -> None:
+    pass
+
+
+class RemusLoop:
+    """One checkpointed save of a domain.
+
+    The methods `suspend`, `precopy`, `postcopy`, `checkpoint` and `switch_qemu_logdirty` are libxc's callbacks and run
+    in its thread; all others belong to the event loop.
+
+    Args:
+        guest: What is saved.
+        outlet: Where to. Whoever made it closes it, after the loop has ended.
+        save: Calls libxc.
+        end_record: libxl's CHECKPOINT_END, whole.
+        total_pages: Of the guest, for progress.
+    """
+
+    def __init__(
+        self, guest: LoopGuest, outlet: Outlet, save: Save, *, end_record: bytes, total_pages: int = 0
+    ) -> None:
+        self._guest = guest
+        self._outlet = outlet
+        self._save = save
+        self._end_record = end_record
+        self._total_pages = total_pages
+        self._progress: Progress | None = None
+        self._loop = asyncio.get_running_loop()
+        self._orders: SimpleQueue[bool] = SimpleQueue()
+        self._round: _Round | None = None
+        self._count = 0
+        self._resting = False
+        self._waits_for_guest = False
+        self._hop: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()
+        self.failure: BaseException | None = None  #: why the loop ended, ``None``: as it was told to
+        self.cut_reason = ""  #: why the stream was cut, ``""``: it is not
+
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set when libxc has returned."""
+        return self._ended
+
+    # --- The event loop's side ---------------------------------------------------------------------------------------
+
+    async def copy(self, stopped: Callable[[], Awaitable[None]], progress: Progress) -> Ack:
+        """Begin: copy the running guest, and stop it for the rest.
+
+        Args:
+            stopped: Awaited while the guest is stopped, before the last of its pages are copied.
+            progress: Told how much is copied.
+
+        Raises:
+            HypervisorError: The copy failed. The guest may be suspended.
+
+        Returns:
+            The receiver's answer to the whole copy. The guest runs.
+        """
+        if self._thread is not None:
+            raise StateError("this loop was begun before")
+        self._progress = progress
+        self._thread = threading.Thread(target=self._run, name="xen: save", daemon=True)
+        taken = await self._await(
+            _Round(self._loop.create_future(), stopped, _nothing, _nothing), self._thread.start
+        )
+        return taken.ack
+
+    async def take(self, epoch: int, phases: Phases) -> Taken:
+        """Make one checkpoint and wait for its acknowledgement.
+
+        Args:
+            epoch: Number of the epoch that it ends.
+            phases: Called at their times: postsuspend and preresume while the guest is stopped, postresume after.
+
+        Raises:
+            HypervisorError: Nothing was acknowledged. The guest may be suspended.
+        """
+        if not self._resting:
+            raise HypervisorError(f"no checkpoint can be taken: {self._why()}")
+
+        def begin() -> None:
+            self._resting = False
+            self._orders.put(True)  # noqa: FBT003 - go on
+
+        ours = _Round(
+            self._loop.create_future(),
+            lambda: phases.postsuspend(epoch),
+            lambda: phases.preresume(epoch),
+            lambda: phases.postresume(epoch),
+        )
+        taken = await self._await(ours, begin)
+        if ours.after is not None:
+            await ours.after
+        return taken
+
+    def cut(self, reason: str) -> None:
+        """End the stream in the middle, whatever is under way; nothing counts as acknowledged any more. Idempotent.
+
+        The guest may be left suspended; `join` says when libxc has let go of it.
+        """
+        if self.cut_reason:
+            return
+        self.cut_reason = reason
+        self._outlet.cut(reason)
+        if self._waits_for_guest and self._hop is not None:
+            self._hop.cancel()
+        self._orders.put(False)  # noqa: FBT003 - do not go on
+        if self._round is not None and not self._round.answer.done():
+            self._round.answer.set_exception(HypervisorError(f"the checkpoint stream was cut: {reason}"))
+
+    async def end(self) -> None:
+        """End at rest, as planned: the guest runs on, and the stream ends with the last whole checkpoint."""
+        if self._resting:
+            self._resting = False
+            self._orders.put(False)  # noqa: FBT003 - as above
+
+    async def join(self, timeout_s: float) -> None:
+        """Wait until libxc has returned.
+
+        Raises:
+            HypervisorError: It has not, in time.
+        """
+        if self._thread is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ended.wait()
+        except TimeoutError:
+            raise HypervisorError(
+                f"libxc's save of the guest did not return within {timeout_s:g} s"
+            ) from None
+
+    async def _await(self, ours: _Round, begin: Callable[[], None]) -> Taken:
+        self._round = ours
+        begin()
+        try:
+            return await ours.answer
+        finally:
+            self._round = None
+
+    def _acknowledged(self, ack: Ack, now_ns: int) -> None:
+        self._resting = True
+        ours = self._round
+        if ours is None or ours.answer.done():
+            return
+        marks = ours.marks_ns
+        parts = {
+            "suspend": marks["stopped"] - marks["asked"],
+            "postsuspend": marks["barriers"] - marks["stopped"],
+            "copy": marks["copied"] - marks["barriers"],
+            "preresume": marks["permitted"] - marks["copied"],
+            "resume": marks["resumed"] - marks["permitted"],
+        }
+        ours.answer.set_result(Taken(marks["asked"], marks["stopped"], marks["resumed"], now_ns, ack, parts))
+
+    def _over(self, failure: BaseException | None) -> None:
+        self.failure = failure
+        self._resting = False
+        ours = self._round
+        if ours is not None and not ours.answer.done():
+            error = failure if isinstance(failure, Exception) else HypervisorError(self._why())
+            ours.answer.set_exception(error)
+        self._ended.set()
+
+    def _why(self) -> str:
+        if self.cut_reason:
+            return f"the stream was cut: {self.cut_reason}"
+        if self._thread is None:
+            return "the first copy has not been made"
+        if self._ended.is_set():
+            return f"the save has ended: {self.failure or 'as it was told'}"
+        return "another one is under way"
+
+    async def _suspending(self) -> None:
+        ours = self._need_round()
+        ours.mark("asked")
+        await self._guest.suspend()
+        ours.mark("stopped")
+        await ours.stopped()
+        ours.mark("barriers")
+
+    async def _resuming(self) -> None:
+        ours = self._need_round()
+        ours.mark("copied")
+        await ours.resuming()
+        ours.mark("permitted")
+        await self._guest.resume()
+        ours.mark("resumed")
+        # Beside the rest of the stream: the acknowledgement must not wait for it.
+        ours.after = asyncio.ensure_future(ours.resumed())
+
+    def _need_round(self) -> _Round:
+        if self._round is None:
+            raise HypervisorError(f"nobody waits for this checkpoint: {self.cut_reason or 'it was given up'}")
+        return self._round
+
+    # --- libxc's thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._save(self._outlet.fd, self)
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits
+            failure = error
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._over, failure)
+
+    def suspend(self) -> bool:
+        """Stop the guest and set the barriers."""
+        self._waits_for_guest = True
+        try:
+            self._in_loop(self._suspending())
+        finally:
+            self._waits_for_guest = False
+        return True
+
+    def precopy(self, iteration: int, written_pages: int, dirty_pages: int) -> Precopy:
+        """Decide after each round of the live copy whether the guest is to be stopped for the rest.
+
+        Args:
+            iteration: Rounds so far.
+            written_pages: In all rounds.
+            dirty_pages: Since the round began; negative: not known yet.
+        """
+        if self.cut_reason:
+            return Precopy.ABORT
+        if self._progress is not None and self._total_pages:
+            done = min(written_pages, self._total_pages) * _PAGE_BYTES
+            self._loop.call_soon_threadsafe(self._progress, "memory", done, self._total_pages * _PAGE_BYTES)
+        few = 0 <= dirty_pages < _FEW_PAGES
+        return Precopy.STOP_AND_COPY if few or iteration >= _MOST_ROUNDS else Precopy.CONTINUE
+
+    def postcopy(self) -> bool:
+        """Let the guest run on: libxc has written all of the checkpoint."""
+        self._in_loop(self._resuming())
+        return True
+
+    def checkpoint(self) -> bool:
+        """Write what libxl's layer adds, wait for the acknowledgement, rest until told to go on.
+
+        Returns:
+            Whether another checkpoint is to follow.
+        """
+        self._count += 1
+        self._outlet.write(self._guest.records() + self._end_record)
+        ack = self._outlet.acknowledged(self._count, _COPY_ACK_S if self._count == 1 else _ACK_S)
+        self._loop.call_soon_threadsafe(self._acknowledged, ack, time.monotonic_ns())
+        return self._orders.get()
+
+    def switch_qemu_logdirty(self, domid: int, *, enable: bool) -> None:  # noqa: ARG002 - libxc's signature
+        """Tell the device model, which writes to the guest's memory, too."""
+        self._in_loop(self._guest.log_dirty(enable=enable))
+
+    def _in_loop(self, work: Coroutine[Any, Any, None]) -> None:
+        if self.cut_reason and self._waits_for_guest:
+            work.close()
+            raise HypervisorError(f"the stream was cut: {self.cut_reason}")
+        self._hop = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            self._hop.result()
+        except (asyncio.CancelledError, Exception) as error:
+            if self.cut_reason:
+                raise HypervisorError(f"the stream was cut: {self.cut_reason}") from error
+            raise
