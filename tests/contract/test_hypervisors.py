@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from understudy.arbiter import Record
-from understudy.device import Gate, Mode, Progress, ReplicationMode
+from understudy.device import DeviceInfo, Gate, Mode, Progress, ReplicationMode
 from understudy.errors import HypervisorError
 from understudy.group import DeviceGroup
 from understudy.hypervisor import FoundGuest, GuestConfig, HostContext, Phases, PrimaryDomain, SecondaryDomain
@@ -251,6 +251,11 @@ class LooksTooHard(BadHypervisor):
         return await super().facts(config)
 
 
+class RenamesDevices(BadHypervisor):
+    async def devices(self, config: GuestConfig) -> Sequence[DeviceInfo]:
+        return [replace(device, name=f"vif{device.index}") for device in config.devices]
+
+
 class MakesTooEarly(BadHypervisor):
     async def secondary(self, config: GuestConfig, peer_facts: Mapping[str, Any]) -> SecondaryDomain:
         domain = await super().secondary(config, peer_facts)
@@ -288,6 +293,7 @@ def holding(secondary: type[SimulatedSecondary]) -> type[SimulatedHypervisor]:
         (NotFound, "start-and-stop"),
         (Strangers, "start-and-stop"),
         (LooksTooHard, "looking-changes-nothing"),
+        (RenamesDevices, "looking-changes-nothing"),
         (MakesTooEarly, "nothing-before-launch"),
         (SweepsTooMuch, "sweep-of-nothing"),
     ],

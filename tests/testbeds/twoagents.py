@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ class World:
     fail: set[str] = field(default_factory=set)  # names of steps that fail
     hold_sweep: asyncio.Event | None = None  # what a janitor waits for
     open_devices: list[tuple[str, str]] = field(default_factory=list)
+    interfaces: dict[str, object] = field(default_factory=dict)  # by side, where its device was last opened
+    probed: dict[str, object] = field(default_factory=dict)  # by side, where its device was last looked at
     hold_close: asyncio.Event | None = (
         None  # what every end of a primary's domain waits for, cancelled or not
     )
@@ -258,6 +260,12 @@ class FakeHypervisor(Hypervisor):
         devices = tuple(DeviceInfo(Kind.NIC, f"nic{i}", i, "fake") for i in range(nics))
         return GuestConfig(name, "fake", source, protection, devices)
 
+    async def devices(self, config: GuestConfig) -> Sequence[DeviceInfo]:
+        # As under Xen: the name of an interface is known while the guest runs on this host.
+        if self.world.state(self.here.host, config.name) is not GuestState.RUNNING:
+            return config.devices
+        return [replace(device, properties={"interface": f"fake{device.index}"}) for device in config.devices]
+
     async def facts(self, config: GuestConfig) -> Mapping[str, Any]:
         return {"host": self.here.host}
 
@@ -356,9 +364,11 @@ class FakePlugin:
             if f"open {context.device.name} of the {context.side.value}" in self.world.fail:
                 await asyncio.sleep(0)  # its siblings come first
                 raise OSError(f"{context.device.name} cannot be opened")
+            self.world.interfaces[context.side.value] = context.device.properties.get("interface")
             return FakeNic(self.world, (context.side.value, context.device.name))
 
         async def probe(context: ProbeContext) -> Sequence[Finding]:
+            self.world.probed[context.side.value] = context.device.properties.get("interface")
             return []
 
         return [Subkind("fake-nic", Kind.NIC, frozenset({Mode.REMUS}), open_nic, probe)]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from understudy.agent.control import Call, ControlServer
-from understudy.agent.faults import describe
+from understudy.agent.faults import describe, finding_of, finding_row
 from understudy.agent.figures import Figures, percentile
 from understudy.agent.history import History
 from understudy.agent.logs import _Formatter
@@ -239,7 +239,17 @@ def test_the_first_cause_leads_and_the_others_are_attached() -> None:
     wrong = describe(ConfigError("f.toml", "a.b", "is missing", "text"))
     assert (wrong["source"], wrong["key"], wrong["allowed"]) == ("f.toml", "a.b", "text")
     refused = describe(PreflightFailed("web", [Finding(Severity.ERROR, "s", "p", "r")]))
-    assert refused["findings"] == [{"severity": "error", "subject": "s", "problem": "p", "remedy": "r"}]
+    assert refused["findings"] == [
+        {"severity": "error", "subject": "s", "problem": "p", "remedy": "r", "unsafe": False}
+    ]
+
+
+def test_a_finding_goes_over_the_link_whole() -> None:
+    for unsafe in (False, True):
+        finding = Finding(Severity.ERROR, "s", "p", "r", unsafe)
+        assert finding_of(json.loads(json.dumps(finding_row(finding)))) == finding
+    plain = {"severity": "note", "subject": "s", "problem": "p", "remedy": ""}
+    assert finding_of(plain) == Finding(Severity.NOTE, "s", "p")
 
 
 @pytest.mark.parametrize("abstract", [False, True])

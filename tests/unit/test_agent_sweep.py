@@ -64,7 +64,8 @@ async def test_output_is_let_out_only_after_the_own_swap_to_alone(tmp_path: Path
         assert record
         assert (record.state, record.owner) == (RecordState.ALONE, "alpha")
         assert [(each.guest, each.verdict) for each in sweeper.swept] == [("web", Verdict.KEEP)]
-        assert [device.name for device in sweeper.swept[0].devices] == ["nic0"]
+        (nic,) = sweeper.swept[0].devices
+        assert (nic.name, nic.properties) == ("nic0", {"interface": "fake0"})
 
 
 async def test_nothing_is_swept_while_a_guest_runs_undecided(tmp_path: Path) -> None:
@@ -85,4 +86,5 @@ async def test_what_was_held_is_discarded_where_the_guest_does_not_live(tmp_path
         _, sweeper = await boot(hosts, "alpha")
         await hosts.until(lambda: sweeper.swept)
         assert sweeper.swept[0].verdict is Verdict.DISCARD
+        assert [dict(device.properties) for device in sweeper.swept[0].devices] == [{}]
         assert hosts.world.state("alpha", "web") is GuestState.ABSENT

@@ -210,6 +210,25 @@ async def test_findings_are_shown_with_what_to_do(tmp_path: Path) -> None:
         assert answer["error"]["findings"][0]["remedy"] == "ip link add br7"
 
 
+async def test_what_is_unsafe_is_taken_upon_oneself(tmp_path: Path) -> None:
+    async with two_hosts(tmp_path) as hosts:
+        alpha = hosts.config("alpha")
+        await hosts.call("alpha", "start", guest="web")
+        hosts.world.found.append(
+            Finding(Severity.ERROR, "disk0", "it is not replicated", "use DRBD", unsafe=True)
+        )
+        code, out, _ = await run(alpha, "protect", "web")
+        assert code == Exit.NOT_PROTECTABLE
+        assert "→ use DRBD; or take it upon yourself with --allow-unsafe" in out
+        assert (await run(alpha, "check", "web", "--allow-unsafe"))[0] == 0
+        code, _, err = await run(alpha, "protect", "web", "--allow-unsafe")
+        assert code == 0, err
+        assert "warning: disk0: it is not replicated" in err
+        told = "! web on alpha: protected unsafely, as allowed: disk0: it is not replicated\n"
+        assert told in (await run(alpha, "status", "web"))[1]
+        assert told in (await run(hosts.config("beta"), "list"))[1]
+
+
 async def test_protect_without_waiting(tmp_path: Path) -> None:
     async with two_hosts(tmp_path) as hosts:
         await hosts.call("alpha", "start", guest="web")

@@ -1,5 +1,6 @@
 """Guest files: what the core reads, and the overrides per host."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,20 @@ def test_the_name_is_the_files_unless_given(tmp_path: Path) -> None:
     assert guest.name == "web"
     assert guest.mode is None
     assert guest.protection.interval == "fixed"
+
+
+def test_what_is_unsafe_is_refused_unless_the_file_allows_it(tmp_path: Path) -> None:
+    assert not read(tmp_path, TEXT).protection.allow_unsafe
+    allowed = TEXT.replace('peer = "beta"\n', 'peer = "beta"\nallow_unsafe = true\n')
+    assert read(tmp_path, allowed).protection.allow_unsafe
+
+
+def test_every_key_of_protection_is_in_the_reference(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path, TEXT.replace('peer = "beta"', "no_such_key = 1"))
+    page = (Path(__file__).parents[2] / "docs/reference/guest-file.md").read_text()
+    documented = set(re.findall(r"^\| `protection\.(\w+)(?:\.SUBKIND)?` \|", page, re.MULTILINE))
+    assert documented == set(raised.value.allowed.split(", "))
 
 
 @pytest.mark.parametrize(

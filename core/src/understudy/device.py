@@ -96,6 +96,8 @@ class Finding:
     subject: str  #: what it is about, e.g. ``"disk0 on beta"``
     problem: str  #: one sentence
     remedy: str = ""  #: what the operator can do; empty for notes
+    #: An ERROR that an operator may take upon himself with ``--allow-unsafe``: then it is a WARNING.
+    unsafe: bool = False
 
     def __str__(self) -> str:
         tail = f" To do: {self.remedy}" if self.remedy else ""

@@ -138,4 +138,5 @@ def _protection(table: Table) -> tuple[Mode | None, Protection]:
         ),
         prefer_primary=table.bool("prefer_primary", default=False),
         overwrite_secondary=table.bool("overwrite_secondary", default=False),
+        allow_unsafe=table.bool("allow_unsafe", default=False),
     )

@@ -74,6 +74,7 @@ class Protection:
     subkind_options: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     prefer_primary: bool = False
     overwrite_secondary: bool = False  #: the secondary's images may be overwritten whatever they hold
+    allow_unsafe: bool = False  #: unsafe findings of the preflight are warnings (`understudy.device.Finding`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +332,17 @@ class Hypervisor(ABC):
         Raises:
             ConfigError: A key is unknown or wrong: file, key, allowed values.
         """
+
+    async def devices(self, config: GuestConfig) -> Sequence[DeviceInfo]:
+        """Return the guest's devices as they are on this host now; no side effects.
+
+        A hypervisor that learns something of them only while the domain runs (the name of an interface that is made
+        with it) adds it here; the guest need not run on this host.
+
+        Returns:
+            Those of `config`, in its order and each with its name, kind and subkind; only their properties may differ.
+        """
+        return config.devices
 
     @abstractmethod
     async def facts(self, config: GuestConfig) -> Mapping[str, Any]:

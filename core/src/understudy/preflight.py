@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 # A probe looks at files, monitors and interfaces; what takes longer hangs.
 PROBE_LIMIT_S = 15.0
+
+_UPON_YOURSELF = "take it upon yourself with --allow-unsafe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ async def preflight(here: Here, there: OtherHost) -> list[Finding]:
         there: The host that shall hold the copy.
 
     Returns:
-        All findings, errors first. Never raises for what is found: what cannot be looked at is a finding, too.
+        All findings, errors first; unsafe ones are warnings where the guest's protection allows that. Never raises
+        for what is found: what cannot be looked at is a finding, too.
     """
     config, mode = here.config, here.config.protection.mode
     findings: list[Finding] = []
@@ -94,7 +97,7 @@ async def preflight(here: Here, there: OtherHost) -> list[Finding]:
         both = await asyncio.gather(ours, theirs)
         findings += [finding for side in both for finding in side]
     order = list(Severity)
-    unique = dict.fromkeys(findings)
+    unique = dict.fromkeys(_weighed(finding, allowed=config.protection.allow_unsafe) for finding in findings)
     return sorted(unique, key=lambda finding: order.index(finding.severity))
 
 
@@ -112,7 +115,11 @@ async def probe_side(here: Here, side: ReplicationMode, peer_facts: Json) -> lis
         services = hypervisor.probe_services(config)
     except Exception as error:  # noqa: BLE001 - all findings at once
         return [*findings, _failed(subject, error)]
-    for device in config.devices:
+    try:
+        devices = await _bounded(hypervisor.devices(config))
+    except Exception as error:  # noqa: BLE001 - as above
+        return [*findings, _failed(subject, error)]
+    for device in devices:
         context = ProbeContext(
             guest=config.name,
             device=device,
@@ -127,6 +134,14 @@ async def probe_side(here: Here, side: ReplicationMode, peer_facts: Json) -> lis
         probing = probe_device(here.subkinds, hypervisor.modes, context, options)
         findings += await _safely(f"{device.name} on {here.host}", _second(probing))
     return findings
+
+
+def _weighed(finding: Finding, *, allowed: bool) -> Finding:
+    if not finding.unsafe or finding.severity is not Severity.ERROR:
+        return finding
+    if allowed:
+        return replace(finding, severity=Severity.WARNING)
+    return replace(finding, remedy="; or ".join(filter(None, (finding.remedy, _UPON_YOURSELF))))
 
 
 def foreign(host: str, found: FoundGuest) -> list[Finding]:

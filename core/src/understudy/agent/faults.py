@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from understudy.device import Finding
+from understudy.device import Finding, Severity
 from understudy.errors import ConfigError, PreflightFailed
 from understudy.phases import first_failure, in_words
 
-__all__ = ["describe", "finding_row"]
+__all__ = ["describe", "finding_of", "finding_row"]
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -30,14 +30,26 @@ def describe(error: BaseException) -> dict[str, Any]:
     return fault
 
 
-def finding_row(finding: Finding) -> Mapping[str, str]:
-    """Return a finding as a JSON-able object."""
+def finding_row(finding: Finding) -> Mapping[str, Any]:
+    """Return a finding as a JSON-able object; `finding_of` is its inverse."""
     return {
         "severity": finding.severity.value,
         "subject": finding.subject,
         "problem": finding.problem,
         "remedy": finding.remedy,
+        "unsafe": finding.unsafe,
     }
+
+
+def finding_of(row: Mapping[str, Any]) -> Finding:
+    """Return the finding that `finding_row` made `row` of.
+
+    Raises:
+        KeyError: It is no finding.
+        ValueError: Its severity is none.
+    """
+    severity, unsafe = Severity(row["severity"]), bool(row.get("unsafe", False))
+    return Finding(severity, row["subject"], row["problem"], row["remedy"], unsafe)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -163,7 +163,10 @@ class Operations:
         guest = call.str("guest")
         mode = Mode(call.params["mode"]) if call.params.get("mode") else None
         interval_ms = call.params.get("interval_ms")
-        config, hypervisor = self._agent.files.load(guest, mode=mode, interval_ms=interval_ms)
+        allow_unsafe = bool(call.params.get("allow_unsafe"))
+        config, hypervisor = self._agent.files.load(
+            guest, mode=mode, interval_ms=interval_ms, allow_unsafe=allow_unsafe
+        )
         tenure = await self._tenure(guest)
         if tenure.busy:
             raise GuestBusy(f"guest {guest} is busy on {self._agent.host}: {tenure.busy} is under way")
@@ -201,9 +204,13 @@ class Operations:
             self._owner(tenure)
         with tenure.operation("protect"):
             tenure.problem = ""
-            for finding in await self._fits(guest, config, hypervisor, peer):
+            findings = await self._fits(guest, config, hypervisor, peer)
+            for finding in findings:
                 if finding.severity is Severity.WARNING:
                     call.note(str(finding))
+            tenure.unsafe = tuple(
+                f"{finding.subject}: {finding.problem}" for finding in findings if finding.unsafe
+            )
             driver = self._owner(tenure)
             if driver.state not in RUNNING_HERE:
                 raise StateError(

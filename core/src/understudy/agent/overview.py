@@ -192,7 +192,9 @@ class Overview:
         mode = Mode(call.params["mode"]) if call.params.get("mode") else None
         guest = call.str("guest")
         try:
-            config, hypervisor = self._agent.files.load(guest, mode=mode)
+            config, hypervisor = self._agent.files.load(
+                guest, mode=mode, allow_unsafe=bool(call.params.get("allow_unsafe"))
+            )
         except GuestNotFound:
             found = [each for each in await self._found() if each.name == guest]
             if not found:

@@ -154,7 +154,7 @@ class Recovery:
             verdict = Verdict.DISCARD
         else:
             return []
-        context = SweepContext(config.name, config.devices, verdict)
+        context = SweepContext(config.name, await hypervisor.devices(config), verdict)
         return [sentence for sweep in sweepers for sentence in await sweep(context)]
 
     async def _resume(

@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from understudy.device import Finding, Mode, Severity
+from understudy.agent.faults import finding_of
+from understudy.device import Finding, Mode
 from understudy.engine import Way
 from understudy.errors import LinkLost
 from understudy.link import Conversation, PeerChannels, PeerLink
@@ -64,10 +65,7 @@ class RemoteHost:
         """Return the other host's findings; see `understudy.preflight.OtherHost.probe`."""
         params = {"guest": guest, "mode": mode.value, "peer_facts": dict(peer_facts)}
         answer = await self.ask("probe", params, timeout_s=LOOK_LIMIT_S)
-        return [
-            Finding(Severity(row["severity"]), row["subject"], row["problem"], row["remedy"])
-            for row in answer["findings"]
-        ]
+        return [finding_of(row) for row in answer["findings"]]
 
 
 def open_way(link: PeerLink, guest: str, session: str, local_address: str) -> Way:

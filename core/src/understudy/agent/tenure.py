@@ -78,6 +78,7 @@ class Tenure(Seat):
         self.host = host
         self.busy = ""  #: what is under way, e.g. ``"protect"``; empty if nothing is
         self.problem = ""  #: what the operator should know, one sentence
+        self.unsafe: tuple[str, ...] = ()  #: what an operator took upon himself for the last protection
         self.record: Record | None = None  #: as it was last seen
         self.watchers: set[ProgressWatcher] = set()
         self._life = life
@@ -292,6 +293,8 @@ class Tenure(Seat):
                 row["epoch"] = driver.loaded
             if row["peer"] is not None:
                 row["mode"] = driver.around.config.protection.mode.value
+                if self.unsafe and isinstance(driver, PrimarySession):
+                    row["unsafe"] = list(self.unsafe)
             if machine.cause and driver.state not in {PrimaryState.PROTECTED, SecondaryState.STANDBY}:
                 row["problem"] = machine.cause
         if self.record is not None:

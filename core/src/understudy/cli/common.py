@@ -14,7 +14,16 @@ from understudy.cli.exits import Exit, exit_for
 from understudy.config import CONFIG_VARIABLE
 from understudy.errors import ConfigError, UnderstudyError
 
-__all__ = ["Context", "Failure", "command_options", "guest_argument", "leave", "print_table", "show_findings"]
+__all__ = [
+    "Context",
+    "Failure",
+    "allow_unsafe_option",
+    "command_options",
+    "guest_argument",
+    "leave",
+    "print_table",
+    "show_findings",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -109,6 +118,15 @@ def guest_argument(function: F) -> F:
     return click.argument("guest", metavar="GUEST", shell_complete=_complete_guest)(function)
 
 
+def allow_unsafe_option(function: F) -> F:
+    """Give a command the option ``--allow-unsafe``."""
+    return click.option(
+        "--allow-unsafe",
+        is_flag=True,
+        help="Take it upon yourself what the preflight calls unsafe: errors of that kind are warnings.",
+    )(function)
+
+
 def _complete_guest(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     # A shell that completes must not see an error.
     try:
@@ -139,7 +157,7 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def show_findings(findings: Sequence[Mapping[str, str]]) -> None:
+def show_findings(findings: Sequence[Mapping[str, Any]]) -> None:
     """Print the findings of a preflight, each with what to do."""
     colours = {"error": "red", "warning": "yellow", "note": "blue"}
     for finding in findings:

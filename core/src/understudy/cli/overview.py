@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from understudy.cli.common import Context, command_options, guest_argument, leave, print_table, show_findings
+from understudy.cli.common import (
+    Context,
+    allow_unsafe_option,
+    command_options,
+    guest_argument,
+    leave,
+    print_table,
+    show_findings,
+)
 from understudy.cli.exits import Exit
 
 __all__ = ["check", "history", "list_", "status"]
@@ -47,13 +55,15 @@ def status(context: Context, guest: str | None) -> None:
 @guest_argument
 @click.option("--mode", type=click.Choice(["remus", "colo"]), help="Instead of the guest file's.")
 @click.option("--peer", metavar="HOST", help="Instead of the guest file's.")
+@allow_unsafe_option
 @command_options
-def check(context: Context, guest: str, mode: str | None, peer: str | None) -> None:
+def check(context: Context, guest: str, *, mode: str | None, peer: str | None, allow_unsafe: bool) -> None:
     """Find out whether GUEST can be protected.
 
     Looks at both hosts, changes nothing, and lists everything it finds with what to do about it.
     """
-    result = context.ask("check", {"guest": guest, "mode": mode, "peer": peer})
+    params = {"guest": guest, "mode": mode, "peer": peer, "allow_unsafe": allow_unsafe}
+    result = context.ask("check", params)
 
     def text(result: Mapping[str, Any]) -> None:
         show_findings(result["findings"])
@@ -91,6 +101,8 @@ def _print_rows(result: Mapping[str, Any]) -> None:
     for row in result["guests"]:
         if row.get("problem"):
             click.echo(f"! {row['guest']} on {row['host']}: {row['problem']}")
+        for problem in row.get("unsafe") or ():
+            click.echo(f"! {row['guest']} on {row['host']}: protected unsafely, as allowed: {problem}")
     for warning in result["warnings"]:
         click.echo(f"! {warning}")
 

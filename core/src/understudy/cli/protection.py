@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from understudy.cli.common import Context, Failure, command_options, guest_argument, show_findings
+from understudy.cli.common import (
+    Context,
+    Failure,
+    allow_unsafe_option,
+    command_options,
+    guest_argument,
+    show_findings,
+)
 from understudy.schema import parse_bytes
 
 __all__ = ["failover", "protect", "unprotect"]
@@ -41,6 +48,7 @@ def _rate(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     metavar="RATE",
     help="Upper bound for the first copy, bytes per second; 10MiB and the like.",
 )
+@allow_unsafe_option
 @click.option(
     "--wait/--no-wait", default=True, help="Wait until it is protected (the default), or only begin."
 )
@@ -53,6 +61,7 @@ def protect(
     peer: str | None,
     interval_ms: int | None,
     bwlimit: int | None,
+    allow_unsafe: bool,
     wait: bool,
 ) -> None:
     """Keep a live second copy of the running GUEST on another host.
@@ -65,6 +74,7 @@ def protect(
         "peer": peer,
         "interval_ms": interval_ms,
         "bwlimit_bytes_per_s": bwlimit,
+        "allow_unsafe": allow_unsafe,
         "wait": wait,
     }
     try:

@@ -48,7 +48,7 @@ async def serve_device(group: DeviceGroup, params: Json) -> Json:
     return await group.serve(device, method, inner)
 
 
-def make_group(
+async def make_group(
     around: Surroundings,
     side: ReplicationMode,
     session: str,
@@ -59,7 +59,7 @@ def make_group(
     progress: Progress = no_progress,
     bwlimit_bytes_per_s: int = 0,
 ) -> DeviceGroup:
-    """Make the group of one side; nothing is touched before its `new`.
+    """Make the group of one side, of the devices as they are on this host; nothing is touched before its `new`.
 
     Args:
         around: Guest, plugins and limits.
@@ -81,7 +81,7 @@ def make_group(
             session=session,
             side=side,
             mode=config.protection.mode,
-            devices=config.devices,
+            devices=await around.hypervisor.devices(config),
             subkinds=around.subkinds(),
             gates=gates,
             services=services,

@@ -122,7 +122,7 @@ class PrimarySession(Driver):
         self._watch = asyncio.get_running_loop().create_task(
             self._watching(domain), name=f"{self.guest}: watch"
         )
-        group = self.group = make_group(
+        group = self.group = await make_group(
             around,
             ReplicationMode.PRIMARY,
             effect.session,

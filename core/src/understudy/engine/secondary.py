@@ -165,7 +165,9 @@ class SecondarySession(Driver):
             domain = self.domain = await around.hypervisor.secondary(around.config, facts)
             mode = around.config.protection.mode
             gates = around.hypervisor.modes.get(mode, frozenset())
-            group = make_group(around, ReplicationMode.SECONDARY, effect.session, domain.services, gates, way)
+            group = await make_group(
+                around, ReplicationMode.SECONDARY, effect.session, domain.services, gates, way
+            )
             self.group = group
             await group.new()
             await domain.launch(group)

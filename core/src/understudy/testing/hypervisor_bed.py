@@ -221,15 +221,15 @@ class PlayedSession:
             self.events.append(event)
 
     async def _devices(self, side: ReplicationMode, domain: PrimaryDomain | SecondaryDomain) -> None:
-        config = self.bed.config(side)
+        config, hypervisor = self.bed.config(side), self.bed.hypervisor(side)
         other = SECONDARY if side is PRIMARY else PRIMARY
-        gates = self.bed.hypervisor(side).modes[config.protection.mode]
+        gates = hypervisor.modes[config.protection.mode]
         setup = GroupSetup(
             guest=config.name,
             session="contract-session",
             side=side,
             mode=config.protection.mode,
-            devices=config.devices,
+            devices=await hypervisor.devices(config),
             subkinds=self.bed.subkinds,
             gates=gates,
             services=domain.services,

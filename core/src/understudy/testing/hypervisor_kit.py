@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from understudy.arbiter import RecordState
-from understudy.device import Finding, Gate, Mode, Verdict
+from understudy.device import DeviceInfo, Finding, Gate, Mode, Verdict
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy.hypervisor import GuestState
 from understudy.phases import in_words
@@ -124,9 +124,18 @@ async def _looking_changes_nothing(kit: _Kit) -> None:
                 if not all(isinstance(finding, Finding) for finding in found):
                     raise session.complain(f"probe returned {found!r}")
             hypervisor.probe_services(config)
+            told = [_identity(device) for device in await hypervisor.devices(config)]
+            if told != [_identity(device) for device in config.devices]:
+                raise session.complain(
+                    f"its devices on the {side.value}'s host are not those of its file: {told}"
+                )
             await hypervisor.found()
             if await session.state(side) is not before or set(await bed.traces(side)) != traces:
                 raise session.complain(f"looking changed something on the {side.value}'s host")
+
+
+def _identity(device: DeviceInfo) -> tuple[object, ...]:
+    return device.kind, device.name, device.index, device.hypervisor, device.subkind
 
 
 async def _start_and_stop(kit: _Kit) -> None:
