@@ -1,0 +1,31 @@
+"""Xen's own libraries through ctypes, loaded by the version of the hypervisor that runs."""
+
+from __future__ import annotations
+
+from understudy_xen.libs.domain import DomainInfo as DomainInfo
+from understudy_xen.libs.domain import DomainType as DomainType
+from understudy_xen.libs.domain import ShutdownReason as ShutdownReason
+from understudy_xen.libs.errors import DomainGone as DomainGone
+from understudy_xen.libs.errors import LibraryMissing as LibraryMissing
+from understudy_xen.libs.errors import LibxlFailed as LibxlFailed
+from understudy_xen.libs.errors import NoPrivilege as NoPrivilege
+from understudy_xen.libs.errors import NotXen as NotXen
+from understudy_xen.libs.errors import RestorerLost as RestorerLost
+from understudy_xen.libs.errors import SuspendFailed as SuspendFailed
+from understudy_xen.libs.errors import SuspendFailure as SuspendFailure
+from understudy_xen.libs.errors import UnknownXen as UnknownXen
+from understudy_xen.libs.errors import XenCallFailed as XenCallFailed
+from understudy_xen.libs.errors import XenUnavailable as XenUnavailable
+from understudy_xen.libs.saving import Precopy as Precopy
+from understudy_xen.libs.saving import PrecopyStats as PrecopyStats
+from understudy_xen.libs.saving import SaveCallbacks as SaveCallbacks
+from understudy_xen.libs.saving import Stream as Stream
+from understudy_xen.libs.saving import save as save
+from understudy_xen.libs.suspending import Suspended as Suspended
+from understudy_xen.libs.suspending import Suspender as Suspender
+from understudy_xen.libs.suspending import Way as Way
+from understudy_xen.libs.versions import XenVersion as XenVersion
+from understudy_xen.libs.xen import Capabilities as Capabilities
+from understudy_xen.libs.xen import HvmParam as HvmParam
+from understudy_xen.libs.xen import Xen as Xen
+from understudy_xen.libs.xen import open_xen as open_xen
