@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,7 +70,7 @@ class Library:
         LibraryMissing: It cannot be loaded, or lacks one of the functions.
     """
 
-    def __init__(self, soname: str, prototypes: dict[str, _Prototype], remedy: str) -> None:
+    def __init__(self, soname: str, prototypes: Mapping[str, _Prototype], remedy: str) -> None:
         self.soname = soname
         try:
             # Global, because libxenguest of one version looks for what libxenctrl of the same has loaded.
