@@ -217,9 +217,11 @@ class Framer:
     def _begin(self, layer: Layer, kind: int | None, start: int) -> None:
         self._layer, self._kind, self._start = layer, kind, start
 
-    def _whole(self, length: int) -> None:
+    def _whole(self, length: int) -> Frame:
         assert self._kind is not None  # noqa: S101 - a record is whole after its header
-        self._frames.append(Frame(self._layer, self._kind, self._start, self._cursor.offset, length))
+        frame = Frame(self._layer, self._kind, self._start, self._cursor.offset, length)
+        self._frames.append(frame)
+        return frame
 
     def _stream(self) -> Steps:
         head = yield _DETECT_BYTES

@@ -9,16 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
-from struct import Struct
 from typing import ClassVar, Final, Self
 
 from understudy_xen.streams.cursor import Buffer
 from understudy_xen.streams.errors import BodyError
+from understudy_xen.streams.fields import PAIR, at_least
 from understudy_xen.streams.formats import ByteOrder, LibxlType
 
 __all__ = ["CheckpointState", "ColoState", "Emulator", "EmulatorContext", "EmulatorXenstoreData"]
 
-_PAIR: Final = {"little": Struct("<II"), "big": Struct(">II")}
 _KEY: Final = re.compile(rb"[0-9A-Za-z\-/_@]+")
 _EMULATORS: Final = (0, 1, 2)
 _STATES: Final = (0, 1, 2, 3)
@@ -45,9 +44,8 @@ class ColoState(IntEnum):
 
 
 def _emulator(body: Buffer, byteorder: ByteOrder) -> tuple[Emulator, int]:
-    if len(body) < _PAIR["little"].size:
-        raise BodyError(f"the body has {len(body)} bytes, its sub-header alone takes 8")
-    emulator, index = _PAIR[byteorder].unpack_from(body)
+    at_least(PAIR.size, len(body))
+    emulator, index = PAIR.of(byteorder).unpack_from(body)
     if emulator not in _EMULATORS:
         raise BodyError(
             f"emulator {emulator:#x} is not known", allowed="0 (unknown), 1 (traditional), 2 (upstream)"
@@ -68,7 +66,7 @@ class EmulatorContext:
 
     def pack(self, byteorder: ByteOrder) -> tuple[Buffer, ...]:
         """Return the body's parts."""
-        return (_PAIR[byteorder].pack(self.emulator, self.index), self.context)
+        return (PAIR.of(byteorder).pack(self.emulator, self.index), self.context)
 
     @staticmethod
     def check(head: Buffer, length: int, byteorder: ByteOrder) -> None:  # noqa: ARG004 - as the others
@@ -100,7 +98,7 @@ class EmulatorXenstoreData:
     def pack(self, byteorder: ByteOrder) -> tuple[Buffer, ...]:
         """Return the body's parts."""
         strings = b"".join(b"%b\0%b\0" % pair for pair in self.pairs)
-        return (_PAIR[byteorder].pack(self.emulator, self.index), strings)
+        return (PAIR.of(byteorder).pack(self.emulator, self.index), strings)
 
     @classmethod
     def check(cls, head: Buffer, length: int, byteorder: ByteOrder) -> None:  # noqa: ARG003 - as the others
@@ -115,7 +113,7 @@ class EmulatorXenstoreData:
             BodyError: It is wrong.
         """
         emulator, index = _emulator(body, byteorder)
-        if len(body) == _PAIR[byteorder].size:
+        if len(body) == PAIR.size:
             return cls((), emulator, index)
         if body[-1]:
             raise BodyError("the last string has no NUL at its end", at=len(body) - 1)
