@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.testbeds.bed import need
-from tests.testbeds.kernel.host import CommandFailed, Kernel
-from tests.testbeds.kernel.machine import KernelDied, missing_for_kernel, running
+from tests.testbeds.host import CommandFailed
+from tests.testbeds.kernel.host import Kernel
+from tests.testbeds.kernel.machine import KernelDied, missing_for_kernel
+from tests.testbeds.machine import running
 
 
 @pytest.fixture(scope="module")

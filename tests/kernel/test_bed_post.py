@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbeds.kernel.post import LineClosed, Post
+from tests.testbeds.kernel.post import FilePost
+from tests.testbeds.post import LineClosed
 
 
 @pytest.fixture
-def ends(tmp_path: Path) -> Iterator[tuple[Post, Post, socket.socket]]:
+def ends(tmp_path: Path) -> Iterator[tuple[FilePost, FilePost, socket.socket]]:
     host, guest = socket.socketpair()
     with host, guest:
-        yield Post(host.fileno(), tmp_path, "h", "g"), Post(guest.fileno(), tmp_path, "g", "h"), guest
+        yield FilePost(host.fileno(), tmp_path, "h", "g"), FilePost(guest.fileno(), tmp_path, "g", "h"), guest
 
 
 def test_messages_arrive_in_order_and_leave_no_file(
-    ends: tuple[Post, Post, socket.socket], tmp_path: Path
+    ends: tuple[FilePost, FilePost, socket.socket], tmp_path: Path
 ) -> None:
     host, guest, _ = ends
     sent = [{"number": number, "text": "ü\n" * number} for number in range(3)]
@@ -32,7 +33,9 @@ def test_messages_arrive_in_order_and_leave_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_number_that_comes_in_pieces(ends: tuple[Post, Post, socket.socket], tmp_path: Path) -> None:
+def test_a_number_that_comes_in_pieces(
+    ends: tuple[FilePost, FilePost, socket.socket], tmp_path: Path
+) -> None:
     host, _, line = ends
     (tmp_path / "g12").write_text('"twelve"')
     (tmp_path / "g13").write_text('"thirteen"')
@@ -46,7 +49,7 @@ def test_a_number_that_comes_in_pieces(ends: tuple[Post, Post, socket.socket], t
     assert host.receive(5) == "thirteen"
 
 
-def test_the_death_of_the_other_side(ends: tuple[Post, Post, socket.socket]) -> None:
+def test_the_death_of_the_other_side(ends: tuple[FilePost, FilePost, socket.socket]) -> None:
     host, guest, line = ends
     guest.send("last words")
     line.close()

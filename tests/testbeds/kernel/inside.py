@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.testbeds.kernel.post import LineClosed, Post
+from tests.testbeds.post import LineClosed, Post
 
 
 class Inside:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -19,16 +16,15 @@ from pathlib import Path
 from typing import Final
 
 from tests.testbeds.kernel.xstate import COMPILER, built_library
+from tests.testbeds.machine import BedMachine, MachineDied
 
-__all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel", "running"]
+__all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel"]
 
 PROGRAM: Final = "linux.uml"
 MODULES: Final = Path("/usr/lib/uml/modules")
 INIT: Final = Path(__file__).with_name("init")
 INSIDE: Final = "UNDERSTUDY_BED"  #: environment variable that is ``kernel`` for everything that runs inside
 MEMORY_MIB: Final = 512
-TAIL_LINES: Final = 60
-KILL_S: Final = 10.0  # what a loaded host may take to bury a killed process group
 ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -45,7 +41,7 @@ ENVIRONMENT: Final = {
 _turn = itertools.count(os.getpid())
 
 
-class KernelDied(RuntimeError):
+class KernelDied(MachineDied):
     """The kernel ended before its command did; the message ends with the tail of its console."""
 
 
@@ -89,17 +85,6 @@ def memory_directory(memory_mib: int) -> str:
     return tempfile.gettempdir()
 
 
-def running(group: int) -> list[int]:
-    """Return the processes of a group that are not dead; what only waits for its parent is dead."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
-
-
 def next_cpu() -> int:
     """Return the CPU for the next kernel: each in turn, of those that this process may use.
 
@@ -110,7 +95,7 @@ def next_cpu() -> int:
     return allowed[next(_turn) % len(allowed)]
 
 
-class Machine:
+class Machine(BedMachine):
     """A booted kernel that runs one command as root and powers off.
 
     Args:
@@ -133,6 +118,9 @@ class Machine:
         Documentation/virt/uml/user_mode_linux_howto_v2.rst, arch/um/drivers/chan_user.c, arch/um/drivers/vector_user.c.
     """
 
+    name = "the kernel of the bed"
+    death = KernelDied
+
     def __init__(
         self,
         command: Sequence[str],
@@ -146,10 +134,8 @@ class Machine:
         wires: Sequence[Wire] = (),
         terminal: tuple[int, int] | None = None,
     ) -> None:
-        self.run = Path(tempfile.mkdtemp(prefix="understudy-bed-"))
-        self._console = self.run / "console"
-        self._buried = False
-        self.line, serial = socket.socketpair()
+        super().__init__("understudy-bed-")
+        serial = self._far
         self._life, lifeline = socket.socketpair()
         try:
             self._write_command(command, cwd or Path.cwd(), env or {}, terminal)
@@ -227,75 +213,6 @@ class Machine:
                 start_new_session=True,
             )
 
-    @property
-    def pid(self) -> int:
-        """Process id of the kernel, and id of its process group."""
-        return self._process.pid
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        """Wait until the kernel has powered off and return the command's exit status.
-
-        Args:
-            timeout_s: seconds to wait; afterwards the kernel is killed.
-
-        Raises:
-            KernelDied: it ended without its command, or was killed because the time was over.
-        """
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise self.died(f"was killed: its command did not end within {timeout_s:g} s") from None
-        try:
-            return int((self.run / "rc").read_text())
-        except FileNotFoundError:
-            raise self.died("died before its command ended") from None
-
-    def died(self, what: str) -> KernelDied:
-        """Return the error that says what became of the kernel, with the tail of its console."""
-        return KernelDied(f"the kernel of the bed {what}; the end of its console:\n{self.console_tail()}")
-
-    def console(self) -> str:
-        """Return what the kernel and everything on its console said."""
-        text = self._console.read_text(errors="replace")
-        return re.sub(r"\x1b\[[0-9;]*m", "", text.replace("\r\n", "\n"))
-
-    def console_tail(self, lines: int = TAIL_LINES) -> str:
-        """Return the last lines of the console."""
-        return "\n".join(self.console().splitlines()[-lines:]) or "(nothing)"
-
-    def kill(self) -> None:
-        """Kill the process group: to the guest and its peers, the crash of a host.
-
-        Raises:
-            RuntimeError: a process of it is stuck in the host's kernel.
-
-        Guarantees:
-            When this returns no process of the group runs any more.
-        """
-        if self._buried:  # the number may be somebody else's by now
-            return
-        # Also when the kernel is gone by itself: a crashed one may have left members of its group.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        # The others are no children of ours, nobody tells us when they are dead.
-        deadline = time.monotonic() + KILL_S
-        while left := running(self.pid):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"processes {left} of a kernel's group survive SIGKILL")
-            time.sleep(0.002)
-        self._buried = True
-
-    def close(self, *, keep: bool = False) -> None:
-        """Kill the kernel if it runs, and remove its run directory unless it shall be kept for a look at it."""
-        try:
-            self.kill()
-        finally:
-            self._forget(keep=keep)
-
     def _forget(self, *, keep: bool = False) -> None:
-        self.line.close()
         self._life.close()
-        if not keep:
-            shutil.rmtree(self.run, ignore_errors=True)
+        super()._forget(keep=keep)

@@ -13,7 +13,9 @@ from typing import Any, Final
 import pytest
 
 from tests.testbeds.kernel.machine import KernelDied, Machine
-from tests.testbeds.kernel.post import LineClosed, outside
+from tests.testbeds.kernel.post import outside
+from tests.testbeds.machine import MachineDied
+from tests.testbeds.post import LineClosed
 
 __all__ = ["ORDERED", "ModuleBed", "NotCollected", "NotPrepared"]
 
@@ -127,7 +129,7 @@ class ModuleBed:
         assert isinstance(report, pytest.TestReport)
         return report
 
-    def _ended(self) -> KernelDied:
+    def _ended(self) -> MachineDied:
         try:
             return self.machine.died(f"ended, and pytest in it with status {self.machine.wait(END_S)}")
         except KernelDied as problem:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from tests.testbeds.kernel.host import Completed, Kernel
+from tests.testbeds.host import Completed
+from tests.testbeds.kernel.host import Kernel
 from tests.testbeds.kernel.machine import MEMORY_MIB, Wire
 
 __all__ = ["Host", "Pair"]
