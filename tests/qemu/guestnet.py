@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.qemu.pair import GUEST, SIZE_BYTES, Host, Session
+from understudy import interfaces
 from understudy.device import Mode, Verdict
 from understudy.group import GroupSetup
 from understudy.hypervisor import Protection
@@ -105,12 +106,12 @@ class NetHost(Host):
     async def open_way_out(self) -> None:
         """Put the guest's taps on their bridges."""
         for nic in self.config.nics:
-            await network.open_way_out(nic.tap, nic.bridge)
+            await interfaces.open_way_out(nic.tap, nic.bridge)
 
     async def fence(self) -> None:
         """Take the guest's taps off their bridges."""
         for nic in self.config.nics:
-            await network.close_way_out(nic.tap)
+            await interfaces.close_way_out(nic.tap)
 
     async def kill(self) -> None:
         await super().kill()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.qemu.conftest import POWERS_OFF, Bed, ip
+from understudy import interfaces
 from understudy.arbiter import RecordState
 from understudy.device import Mode, ReplicationMode, Severity
 from understudy.errors import HypervisorError, MonitorSilent, StateError
@@ -297,7 +298,7 @@ async def test_what_a_session_left_around_a_guest_that_is_alone_is_removed_and_i
     await execute("x-blockdev-change", {"parent": "disk0", "node": "second"})
     tc = ["qdisc", "add", "dev", config.nics[0].tap, "clsact"]
     await (await asyncio.create_subprocess_exec("tc", *tc)).wait()
-    await network.close_way_out(config.nics[0].tap)
+    await interfaces.close_way_out(config.nics[0].tap)
     await bed.crash(first)
 
     agent = bed.agent()
@@ -453,17 +454,17 @@ async def test_taps_by_hand(bed: Bed) -> None:
         await network.create_tap(name, vnet_hdr=False, mac="52:54:00:00:00:01")
         assert "vnet_hdr off" in link(name)
         assert quiet_ipv6(name)
-        await network.open_way_out(name, bed.bridge)
-        await network.open_way_out(name, bed.bridge)
+        await interfaces.open_way_out(name, bed.bridge)
+        await interfaces.open_way_out(name, bed.bridge)
         assert f"master {bed.bridge}" in link(name)
-        await network.close_way_out(name)
+        await interfaces.close_way_out(name)
         assert "master" not in link(name)
         assert ",UP" not in link(name)
     finally:
         assert await network.remove_tap(name)
     assert not await network.remove_tap(name)
-    await network.close_way_out(name)
+    await interfaces.close_way_out(name)
     with pytest.raises(
         HypervisorError, match=f"cannot put {name} on {bed.bridge}: there is no interface {name}"
     ):
-        await network.open_way_out(name, bed.bridge)
+        await interfaces.open_way_out(name, bed.bridge)

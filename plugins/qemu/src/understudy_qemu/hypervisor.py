@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from understudy import interfaces
 from understudy.device import Finding, Gate, Mode, ReplicationMode
 from understudy.errors import GuestNotFound, HypervisorError, MonitorSilent, StateError
 from understudy.hypervisor import (
@@ -253,7 +254,7 @@ class QemuHypervisor(Hypervisor):
     async def _need_bridges(self, config: QemuConfig) -> None:
         # Before anything is made: a guest must not run mute, and its images need not be claimed in vain.
         for nic in config.nics:
-            if not await network.is_bridge(nic.bridge):
+            if not await interfaces.is_bridge(nic.bridge):
                 raise HypervisorError(
                     f"{config.name} was not started: there is no bridge {nic.bridge} on {self.here.host} for "
                     f"{nic.name}; make it (ip link add {nic.bridge} type bridge), or name another one in "
@@ -428,7 +429,7 @@ class QemuHypervisor(Hypervisor):
             HypervisorError: A bridge is missing; the other interfaces are connected nevertheless.
         """
         results = await asyncio.gather(
-            *(network.open_way_out(nic.tap, nic.bridge) for nic in config.nics), return_exceptions=True
+            *(interfaces.open_way_out(nic.tap, nic.bridge) for nic in config.nics), return_exceptions=True
         )
         for result in results:
             if isinstance(result, BaseException):
@@ -464,7 +465,7 @@ class QemuHypervisor(Hypervisor):
 
 async def network_down(config: QemuConfig) -> None:
     """Bring all interfaces of a guest down and off their bridges."""
-    await asyncio.gather(*(network.close_way_out(nic.tap) for nic in config.nics))
+    await asyncio.gather(*(interfaces.close_way_out(nic.tap) for nic in config.nics))
 
 
 async def _remove_taps(config: QemuConfig) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from understudy import interfaces
 from understudy.arbiter import Record, RecordState
 from understudy.errors import HypervisorError
 from understudy_qemu import network
@@ -151,7 +152,7 @@ async def _was_promoted(hypervisor: QemuHypervisor, config: QemuConfig) -> bool:
 async def _remove_remains(config: QemuConfig, paths: GuestPaths) -> list[str]:
     done = []
     for nic in config.nics:
-        await network.close_way_out(nic.tap)
+        await interfaces.close_way_out(nic.tap)
         if await network.remove_tap(nic.tap):
             done.append(f"the tap {nic.tap} of {nic.name} was left: removed")
     done += await _remove_blocks(config)

@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from understudy import interfaces
 from understudy.device import Finding, Mode, ReplicationMode, Severity
 from understudy.errors import HypervisorError
 from understudy.hypervisor import FoundGuest, GuestState
-from understudy_qemu import network
 from understudy_qemu.accel import NO_COMPILER, Accel, guest_memory_bytes
 from understudy_qemu.guestfile import Disk, QemuConfig
 from understudy_qemu.identity import known
@@ -157,13 +157,13 @@ async def _network(hypervisor: QemuHypervisor, config: QemuConfig) -> AsyncItera
             f"network on {here}", "/dev/net/tun cannot be opened", "run as root; load the module tun"
         )
     for nic in config.nics:
-        if not await network.interface_exists(nic.bridge):
+        if not await interfaces.interface_exists(nic.bridge):
             yield _error(
                 f"{nic.name} on {here}",
                 f"there is no bridge {nic.bridge}",
                 f"make it (ip link add {nic.bridge} type bridge), or name another one in [host.{here}]",
             )
-        elif not await network.is_bridge(nic.bridge):
+        elif not await interfaces.is_bridge(nic.bridge):
             yield _error(f"{nic.name} on {here}", f"{nic.bridge} is no bridge", "name a bridge")
 
 
