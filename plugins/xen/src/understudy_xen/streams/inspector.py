@@ -1,6 +1,6 @@
 """What is in a stream: runs of records, and a tally for every checkpoint.
 
-Constant memory: the caller takes both away as they come.
+Memory is constant if the caller takes both away as they come.
 """
 
 from __future__ import annotations
@@ -69,26 +69,20 @@ class Inspector(Verifier):
 
     def __init__(self, form: Form | None = None, *, limits: Limits | None = None) -> None:
         super().__init__(form, limits=limits)
-        self._runs: list[Run] = []
-        self._tallies: list[Tally] = []
+        self._seen: list[Run | Tally] = []
         self._open: Run | None = None
         self._tally = Tally(1, 0, 0)
         self._counted = (0, 0)
 
-    def take_runs(self) -> list[Run]:
-        """Return the runs that have ended since the last call."""
-        runs, self._runs = self._runs, []
-        return runs
-
-    def take_tallies(self) -> list[Tally]:
-        """Return the tallies of the checkpoints that have become whole since the last call."""
-        tallies, self._tallies = self._tallies, []
-        return tallies
+    def take(self) -> list[Run | Tally]:
+        """Return the runs that have ended since the last call, a checkpoint's tally after its last run."""
+        seen, self._seen = self._seen, []
+        return seen
 
     def close(self) -> Tally | None:
         """End the last run, and return the tally of what came after the last checkpoint, if anything did."""
         if self._open is not None:
-            self._runs.append(self._open)
+            self._seen.append(self._open)
             self._open = None
         return self._tally if self._tally.records else None
 
@@ -105,7 +99,7 @@ class Inspector(Verifier):
             if of_pages:
                 self._open = run
             else:
-                self._runs.append(run)
+                self._seen.append(run)
         of_model = frame.layer is Layer.LIBXL and frame.type == LibxlType.EMULATOR_CONTEXT
         tally = self._tally
         self._tally = Tally(
@@ -118,6 +112,6 @@ class Inspector(Verifier):
             tally.device_model_bytes + (length if of_model else 0),
         )
         if frame.ends_checkpoint:
-            self._tallies.append(self._tally)
+            self._seen.append(self._tally)
             self._tally = Tally(tally.number + 1, frame.end, frame.end)
         return frame

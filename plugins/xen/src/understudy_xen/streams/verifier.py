@@ -147,10 +147,10 @@ class Verifier(Framer):
             check_contents(count, pages, length)
         except BodyError as error:
             self._blame(error)
-        self.pfns += count
-        self.pages += pages
         if pages:
             yield PAIR.size + count * ENTRY_BYTES - length
+        self.pfns += count
+        self.pages += pages
 
     def _blame(self, error: BodyError) -> NoReturn:
         at = self._start + RECORD_HEADER_BYTES + error.at
