@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from understudy.hookspecs import hookimpl
+from understudy.hookspecs import CommandOffer, hookimpl
 
 if TYPE_CHECKING:
+    import click
+
     from understudy.device import Subkind
 
-__all__ = ["understudy_subkinds"]
+__all__ = ["understudy_commands", "understudy_subkinds"]
 
 # Imports wait until something is really needed: the command line loads all plugins to learn their commands.
+
+
+def _stream() -> click.Command:
+    from understudy_xen.streams.command import stream  # noqa: PLC0415
+
+    return stream
+
+
+@hookimpl
+def understudy_commands() -> Iterable[CommandOffer]:
+    """Offer the look at migration streams."""
+    return (CommandOffer("stream", "Verify, inspect and split migration streams of Xen.", _stream),)
 
 
 @hookimpl
