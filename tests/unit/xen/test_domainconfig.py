@@ -102,6 +102,15 @@ def test_what_cannot_be_taken_along_is_seen() -> None:
     assert DomainConfig.of(tree("hvm", b_info={"type.hvm": {"nested_hvm": "True"}})).nested
 
 
+def test_who_serves_a_device() -> None:
+    nics = [NIC, NIC | {"backend_domid": 0}, NIC | {"backend_domid": 3}, NIC | {"backend_domname": "net"}]
+    domain = DomainConfig.of(tree(nics=nics, disks=[DISK | {"backend_domname": "storage"}]))
+    assert [nic.driver_domain for nic in domain.nics] == ["", "", "3", "net"]
+    assert domain.disks[0].driver_domain == "storage"
+    assert DomainConfig.of(tree("hvm", b_info={"device_model_stubdomain": "True"})).stubdomain
+    assert not domain.stubdomain
+
+
 def test_a_copys_configuration_is_this_hosts() -> None:
     whole = tree(disks=[DISK, CD], nics=[NIC, NIC | {"devid": 1}], unheard_of={"kept": [1]})
     before = copy.deepcopy(whole)

@@ -30,6 +30,7 @@ PRESERVE: Final = "preserve"
 EVENTS: Final = ("on_poweroff", "on_reboot", "on_watchdog", "on_crash", "on_soft_reset")
 _DEFAULT_ACTION: Final = "destroy"
 _DEFBOOL_TRUE: Final = ("True", True)
+_DEFBOOL_FALSE: Final = ("False", False)
 #: Lists of a configuration whose entries are devices of the host that the guest uses by itself.
 _PASSED_THROUGH: Final = ("pcidevs", "dtdevs", "usbdevs")
 _PASSED_THROUGH_BUILD: Final = ("ioports", "irqs", "iomem")
@@ -60,6 +61,7 @@ class DomainNic:
     bridge: str  #: ``""``: libxl's default
     script: str  #: ``""``: libxl's default
     emulated: bool  #: the device model has a second way out beside the vif, ``vifD.N-emu``
+    driver_domain: str  #: domain that serves it, by name or number; ``""``: dom0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class DomainDisk:
     backend: str  #: ``phy``, ``qdisk``, ``tap``, ``""`` where libxl chooses
     read_only: bool
     cdrom: bool
+    driver_domain: str  #: domain that serves it, by name or number; ``""``: dom0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ class DomainConfig:
     on_events: Mapping[str, str]  #: what libxl does at each of `EVENTS`
     passed_through: tuple[str, ...]  #: kinds of host devices that it uses by itself
     nested: bool  #: it may run a hypervisor itself
+    hap: bool  #: it may have hardware assisted paging, where the host has it
     vnuma: bool  #: it was given a NUMA topology
+    stubdomain: bool  #: its device model runs in a domain of its own
     tsc_mode: str  #: ``default``, ``native`` …
 
     @classmethod
@@ -139,7 +144,9 @@ class DomainConfig:
             nested=any(
                 part.get("nested_hvm") in _DEFBOOL_TRUE for part in (build, build.get("type.hvm") or {})
             ),
+            hap=create.get("hap") not in _DEFBOOL_FALSE,
             vnuma=bool(build.get("vnuma_nodes")),
+            stubdomain=build.get("device_model_stubdomain") in _DEFBOOL_TRUE,
             tsc_mode=str(build.get("tsc_mode", "default")),
         )
 
@@ -216,6 +223,7 @@ def _nic(entry: Json, index: int, kind: DomainType) -> DomainNic:
         bridge=str(entry.get("bridge", "")),
         script=str(entry.get("script", "")),
         emulated=kind_of_nic == "vif_ioemu",
+        driver_domain=_driver_domain(entry),
     )
 
 
@@ -227,7 +235,12 @@ def _disk(entry: Json, index: int) -> DomainDisk:
         backend=_known(entry.get("backend")),
         read_only=not entry.get("readwrite", 0),
         cdrom=bool(entry.get("is_cdrom", 0)),
+        driver_domain=_driver_domain(entry),
     )
+
+
+def _driver_domain(entry: Json) -> str:
+    return str(entry.get("backend_domname") or entry.get("backend_domid") or "")
 
 
 def _known(value: object) -> str:
