@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -67,7 +67,7 @@ class Encoder:
         """Return the header and the body of the piece that carries `chunk`.
 
         Args:
-            chunk: Of the stream, at most `LARGEST_PIECE_BYTES`.
+            chunk: Of the stream, at least 1 byte, at most `LARGEST_PIECE_BYTES`.
         """
         length = len(chunk)
         body: bytes | memoryview = chunk
@@ -116,46 +116,51 @@ class Encoder:
 
 
 class Decoder:
-    """Turns pieces into the stream again, from bytes as they come; at most one piece is held."""
+    """Turns pieces into the stream again, from bytes as they come.
+
+    Guarantees:
+        What is held is what was fed last and at most one piece: chunks are made one by one, as they are taken, because
+        a piece of some dozen bytes may stand for `LARGEST_PIECE_BYTES`.
+    """
 
     def __init__(self) -> None:
         self._waiting = bytearray()
         self._decompressor: zstandard.ZstdDecompressor | None = None
 
-    def feed(self, data: bytes | memoryview) -> list[bytes]:
-        """Return the chunks that `data` completes.
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
+        """Yield the chunks that `data` completes; must be exhausted.
 
         Raises:
-            PeerError: These are no pieces, or one is damaged.
+            PeerError: These are no pieces, or one is damaged. The chunks before it have been yielded.
         """
         self._waiting += data
-        chunks: list[bytes] = []
         at = 0
         while len(self._waiting) - at >= PIECE_HEADER.size:
             length, follow = PIECE_HEADER.unpack_from(self._waiting, at)
-            if length > LARGEST_PIECE_BYTES or follow > length:
+            if not 0 < follow <= length <= LARGEST_PIECE_BYTES:
                 raise PeerError(
-                    f"a piece of the stream claims {length} bytes in {follow} (allowed: {LARGEST_PIECE_BYTES})"
+                    f"a piece of the stream claims {length} bytes in {follow} (allowed: 1 to {LARGEST_PIECE_BYTES}, "
+                    "in no more than that)"
                 )
             end = at + PIECE_HEADER.size + follow
             if len(self._waiting) < end:
                 break
-            body = bytes(self._waiting[at + PIECE_HEADER.size : end])
-            chunks.append(body if follow == length else self._unpack(body, length))
+            with memoryview(self._waiting) as waiting:
+                body = bytes(waiting[end - follow : end])
             at = end
+            yield body if follow == length else self._unpack(body, length)
         del self._waiting[:at]
-        return chunks
 
     def _unpack(self, body: bytes, length: int) -> bytes:
         import zstandard  # noqa: PLC0415 - as above
 
         if self._decompressor is None:
-            self._decompressor = zstandard.ZstdDecompressor()
+            self._decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_PIECE_BYTES)
         try:
             # The size in the frame is the sender's word; what may be allocated is ours.
             if zstandard.frame_content_size(body) != length:
                 raise PeerError(f"a compressed piece does not hold the {length} bytes that its header claims")
-            return self._decompressor.decompress(body, max_output_size=length)
+            return self._decompressor.decompress(body, max_output_size=length, allow_extra_data=False)
         except zstandard.ZstdError as damaged:
             raise PeerError(f"a compressed piece of the stream is damaged: {damaged}") from damaged
 

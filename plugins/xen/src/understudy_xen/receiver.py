@@ -5,8 +5,9 @@ short header. Here nothing reaches it but whole checkpoints: what came of the la
 dropped. The first copy, from which nobody can be promoted, is passed through as it comes.
 
 Two threads, because both the link and libxl block: one takes the stream, holds and acknowledges, the other hands
-acknowledged checkpoints to libxl. So at most one whole checkpoint waits while the next one is coming in; what both may
-hold has a limit, beyond which the receiver refuses, and the primary goes on unprotected.
+acknowledged checkpoints to libxl. At most one whole checkpoint waits for libxl while the next one is coming in: that
+one is acknowledged only when the one before it has been handed over. What both may hold has a limit, beyond which the
+receiver refuses, and the primary goes on unprotected.
 
 Source: tools/libs/light/libxl_stream_read.c and tools/libs/guest/xg_sr_restore.c of Xen 4.17.
 """
@@ -14,18 +15,21 @@ Source: tools/libs/light/libxl_stream_read.c and tools/libs/guest/xg_sr_restore.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
+import select
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Final
+from typing import Final, NoReturn
 
-from understudy.errors import HypervisorError, UnderstudyError
+from understudy.errors import HypervisorError, StateError, UnderstudyError
 from understudy_xen.coding import Decoder
+from understudy_xen.streams.errors import StreamError
 from understudy_xen.streams.formats import Form, Layer, LibxcType
 from understudy_xen.streams.framer import Framer
 from understudy_xen.streams.frames import Frame
@@ -36,8 +40,11 @@ __all__ = ["Held", "Receiver"]
 _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = 1 << 20
+_PIPE_BYTES: Final = 1 << 20
 _PAGE_AND_PFN_BYTES: Final = 4096 + 8
 _PAGE_DATA_HEAD_BYTES: Final = 8
+_LIBXL_S: Final = 20.0  # for a whole checkpoint; less than the primary waits for the next acknowledgement
+_DRAIN_S: Final = 2.0
 _END_S: Final = 5.0
 
 
@@ -45,7 +52,7 @@ _END_S: Final = 5.0
 class Held:
     """What a receiver holds now."""
 
-    whole_bytes: int  #: of acknowledged checkpoints that libxl has not taken yet
+    whole_bytes: int  #: of the acknowledged checkpoint that libxl has not taken yet
     partial_bytes: int  #: of the one that is coming in
     largest_bytes: int  #: of the checkpoints so far, without the first copy
 
@@ -55,15 +62,24 @@ class _Cut(Exception):
     pass
 
 
+class _Gone(Exception):
+    # The connection is: nobody is left to be told.
+    pass
+
+
 class Receiver:
     """Takes one checkpoint stream.
 
     Args:
-        sock: Connected to the primary's agent, blocking; owned from now on.
+        sock: Connected to the primary's agent; owned from now on, also when this fails.
         hold_limit_bytes: How much may be held.
         acknowledged: Told in the event loop how many whole checkpoints are held since the stream began, the first copy
-            not counted, after each acknowledgement.
-        lost: Told in the event loop, once, why the stream has ended if nobody cut it.
+            not counted, after each acknowledgement; a call may still come after `cut`, for one before it.
+        lost: Told in the event loop, once, why the stream has ended after the first copy if nobody cut it.
+
+    Guarantees:
+        An acknowledgement is sent only for what is held whole, with libxl there to take it, and no other one counts:
+        how many were sent, how many are handed over, and `loaded` plus the first copy are the same number.
     """
 
     def __init__(
@@ -82,20 +98,35 @@ class Receiver:
         self._config: asyncio.Future[bytes] = self._loop.create_future()
         self._copied: asyncio.Future[None] = self._loop.create_future()
         self._framer = Framer(Form.XL)
-        self._lock = threading.Lock()  # between an acknowledgement and the cut
+        # Between the two threads and the event loop; nobody waits for the outside while it is held.
+        self._changed = threading.Condition()
         self._cut = False
+        self._ending = False  # nothing more will be handed over
         self._acked = 0  # the first copy included
-        self._reason = ""
         self._target = -1  # the restore's stream
-        self._has_target = threading.Event()
-        self._pieces: SimpleQueue[list[bytes] | None] = SimpleQueue()
-        self._pages = 0  # with content, of the checkpoint that is coming in
-        self._whole_bytes = self._partial_bytes = self._largest_bytes = 0
+        self._begun = False  # the preamble is behind us
+        self._offset = 0  # of the next chunk in the stream
+        self._last_end = 0  # offset of the end of the last checkpoint
+        self._pages = 0  # with content, since then
+        self._incoming = bytearray()  # the checkpoint that is coming in
+        self._whole: bytearray | None = None  # the one that is acknowledged, but not handed over yet
+        self._largest_bytes = 0
         self._handed = asyncio.Event()
-        self._failure: Exception | None = None
+        self._failure: Exception | None = None  # why libxl can have no more
+        self._finishing: asyncio.Future[None] | None = None
         self._taker = threading.Thread(target=self._take, name="xen: receive", daemon=True)
         self._giver = threading.Thread(target=self._give, name="xen: restore", daemon=True)
-        self._taker.start()
+        # Readable from the cut on, and from `close` on: what ends the threads' waits.
+        self._cut_fd = self._abort_fd = -1
+        try:
+            self._cut_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._abort_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            sock.setblocking(False)  # noqa: FBT003 - its only argument
+            self._taker.start()
+        except BaseException:
+            self._close_eventfds()
+            sock.close()
+            raise
 
     # --- The event loop's side ---------------------------------------------------------------------------------------
 
@@ -107,13 +138,13 @@ class Receiver:
     @property
     def held(self) -> Held:
         """What is held now."""
-        return Held(self._whole_bytes, self._partial_bytes, self._largest_bytes)
+        return Held(len(self._whole or b""), len(self._incoming), self._largest_bytes)
 
     async def config(self, timeout_s: float) -> bytes:
         """Return the guest's configuration, with which the stream begins: libxl's JSON.
 
         Raises:
-            HypervisorError: It did not come; or what came is no stream.
+            UnderstudyError: It did not come; or what came is no stream.
         """
         return await self._first(self._config, timeout_s, "the guest's configuration")
 
@@ -121,37 +152,58 @@ class Receiver:
         """Pass the first copy through to `target`, and return when it is whole and acknowledged.
 
         Args:
-            target: Writing end of the pipe that libxl reads; owned from now on.
+            target: Writing end of the pipe that libxl reads; owned from now on. When libxl ends, no reading end may
+                be left, so that it is noticed.
             timeout_s: How long it may take.
 
         Raises:
-            HypervisorError: The stream ended before, or libxl did not take it.
+            UnderstudyError: The stream ended before, or was wrong, or libxl did not take it.
         """
-        self._target = target
-        self._has_target.set()
-        self._giver.start()
+        try:
+            if self._giver.ident is not None or self._finishing is not None:
+                raise StateError("the first copy goes to one restore, once")
+            os.set_blocking(target, False)
+            with suppress(OSError):  # no pipe, or more than a user may have: it only takes more turns
+                fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            self._giver.start()
+        except BaseException:
+            os.close(target)
+            raise
+        with self._changed:
+            self._target = target
+            self._changed.notify_all()
         await self._first(self._copied, timeout_s, "the first copy")
 
     def cut(self) -> int:
-        """End the stream; from now on nothing is acknowledged.
+        """End the stream; from now on nothing is acknowledged. Idempotent.
 
         Returns:
-            `loaded`, final.
+            `loaded`, final: no less than what the primary has heard.
         """
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        with self._lock:
-            self._cut = True
-        self._has_target.set()
-        return self.loaded
+        with self._changed:
+            if not self._cut:
+                self._cut = True
+                os.eventfd_write(self._cut_fd, 1)
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+                self._changed.notify_all()
+            return self.loaded
 
     async def hand_over(self, timeout_s: float) -> None:
         """After `cut`: see everything acknowledged handed to libxl, then end its stream.
 
         Raises:
             HypervisorError: libxl did not take all of it; the copy cannot be used.
+            StateError: The stream is not cut, or there is no whole first copy.
         """
-        self._pieces.put(None)
+        with self._changed:
+            if not self._cut or not self._acked:
+                raise StateError(
+                    "nothing can be handed over: "
+                    + ("the stream still runs" if not self._cut else "the first copy is not whole")
+                )
+            self._ending = True
+            self._changed.notify_all()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._handed.wait()
@@ -165,13 +217,31 @@ class Receiver:
             ) from self._failure
 
     async def close(self) -> None:
-        """End the stream and both threads. Idempotent. Whoever owns the restore kills it first, or a write may hang."""
+        """End the stream, what is being handed over, and both threads. Idempotent.
+
+        Guarantees:
+            The socket and the restore's stream are closed, also when this is cancelled.
+        """
         self.cut()
-        self._pieces.put(None)
-        for thread in (self._taker, self._giver):
-            if thread.is_alive():
-                await asyncio.to_thread(thread.join, _END_S)
-        self._sock.close()
+        if self._finishing is None:
+            os.eventfd_write(self._abort_fd, 1)
+            with self._changed:
+                self._ending = True
+                self._changed.notify_all()
+            self._finishing = asyncio.ensure_future(asyncio.to_thread(self._finish))
+        await asyncio.shield(self._finishing)
+
+    def _finish(self) -> None:
+        threads = [thread for thread in (self._taker, self._giver) if thread.ident is not None]
+        for thread in threads:
+            thread.join(_END_S)
+        if not any(thread.is_alive() for thread in threads):
+            self._close_eventfds()
+
+    def _close_eventfds(self) -> None:
+        for fd in (self._cut_fd, self._abort_fd):
+            if fd >= 0:
+                os.close(fd)
 
     async def _first(
         self, answer: asyncio.Future[bytes] | asyncio.Future[None], timeout_s: float, what: str
@@ -198,146 +268,224 @@ class Receiver:
     # --- The thread that takes ---------------------------------------------------------------------------------------
 
     def _take(self) -> None:
+        error: Exception
+        refuses = False
         try:
             self._take_all()
         except _Cut:
-            self._post(self._ended, HypervisorError("the stream was cut"))
-        except (OSError, UnderstudyError) as error:
-            self._refuse(str(error)) if isinstance(error, UnderstudyError) else None
-            self._post(
-                self._ended, error if isinstance(error, UnderstudyError) else HypervisorError(str(error))
-            )
+            error = HypervisorError("the stream was cut")
+        except _Gone as gone:
+            error = HypervisorError(str(gone))
+        except Exception as failed:  # noqa: BLE001 - told to the primary and to whoever waits, whatever it is
+            refuses = True
+            error = failed if isinstance(failed, UnderstudyError) else HypervisorError(f"no room: {failed!r}")
+        self._incoming = bytearray()
+        self._post(self._ended, error)
+        if refuses:
+            self._refuse(str(error))
+        with self._changed:  # `cut` uses it
+            self._sock.close()
 
-    def _take_all(self) -> None:
-        hello = Hello.decode(self._exactly(HELLO_BYTES))
-        decoder = Decoder() if hello.coding is Coding.ZSTD else None
-        head = bytearray()
-        held: list[bytes] = []
-        start = 0  # offset of the first byte of `held` in the stream
+    def _take_all(self) -> NoReturn:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        hello = b""
+        while len(hello) < HELLO_BYTES:
+            hello += self._receive(buffer[: HELLO_BYTES - len(hello)])
+        decoder = Decoder() if Hello.decode(hello).coding is Coding.ZSTD else None
         while True:
-            data = self._receive(_CHUNK_BYTES)
-            for chunk in decoder.feed(data) if decoder is not None else (data,):
-                frames = self._framer.feed(chunk)
-                rest = chunk
-                if not self._has_target.is_set():
-                    head += chunk
-                    end = next((frame.end for frame in frames if frame.layer is Layer.XL), None)
-                    if end is None:
-                        continue
-                    self._begin()
-                    rest, start = bytes(head[end:]), end
-                    head.clear()
-                if self._acked == 0:
-                    rest, start = self._pass_through(rest, start, frames)
-                    if self._acked == 0:
-                        continue
-                held.append(rest)
-                held, start = self._whole(held, start, frames)
+            data = self._receive(buffer)
+            for chunk in (data,) if decoder is None else decoder.feed(data):
+                self._accept(memoryview(chunk))
+
+    def _receive(self, into: memoryview) -> memoryview:
+        poll = select.poll()
+        poll.register(self._cut_fd, select.POLLIN)
+        poll.register(self._sock, select.POLLIN)
+        if self._target >= 0:
+            poll.register(self._target, 0)  # an error: nobody reads it any more
+        while True:
+            if self._cut:
+                raise _Cut
+            try:
+                length = self._sock.recv_into(into)
+            except BlockingIOError:
+                if any(fd == self._target for fd, _ in poll.poll()):
+                    self._see_libxl()
+                continue
+            except OSError as broken:
+                raise _Gone(f"the connection to the primary is broken: {broken}") from broken
+            if length:
+                return into[:length]
+            if not self._cut:
+                raise _Gone(self._how_it_ended())
+
+    def _how_it_ended(self) -> str:
+        try:
+            self._framer.finish()
+        except StreamError as cut:
+            return f"the primary's end of the stream is closed: {cut}"
+        return f"the primary has ended the stream after checkpoint {self._framer.checkpoints}"
+
+    def _accept(self, chunk: memoryview) -> None:
+        wrong: StreamError | None = None
+        frames: Sequence[Frame]
+        try:
+            frames = self._framer.feed(chunk)
+        except StreamError as error:
+            # What was whole before it counts, however the bytes were cut on their way.
+            frames, wrong = error.frames, error
+        base, at = self._offset, 0
+        self._offset += len(chunk)
+        for frame in frames:
+            if frame.layer is Layer.XL:
+                self._begin()
+                at = frame.end - base
+            elif frame.layer is Layer.LIBXC and frame.type == LibxcType.PAGE_DATA:
+                self._pages += (frame.length - _PAGE_DATA_HEAD_BYTES) // _PAGE_AND_PFN_BYTES
+            elif frame.ends_checkpoint:
+                self._hold(chunk[at : frame.end - base])
+                at = frame.end - base
+                self._acknowledge(frame.end)
+        if wrong is not None:
+            raise wrong
+        if self._framer.ended:
+            raise _Gone("the primary has ended the stream")
+        if self._begun:
+            self._hold(chunk[at:])
 
     def _begin(self) -> None:
         preamble = self._framer.preamble
         if preamble is None or not preamble.is_json:
             raise HypervisorError("the stream's configuration is not libxl's JSON; it is of Xen 4.5 or older")
         self._post(_settle, self._config, bytes(preamble.config).rstrip(b"\0"))
-        self._has_target.wait()
+        with self._changed:
+            self._changed.wait_for(lambda: self._target >= 0 or self._cut)
         if self._cut:
             raise _Cut
+        self._begun = True
 
-    def _pass_through(self, chunk: bytes, start: int, frames: list[Frame]) -> tuple[bytes, int]:
-        # Returns what is left of the chunk behind the first copy, and where that begins.
-        end = next((frame.end for frame in frames if frame.ends_checkpoint), None)
-        size = len(chunk) if end is None else end - start
-        _write_all(self._target, chunk[:size])
-        if end is not None:
-            self._acknowledge([], end, 0)
-            self._post(_settle, self._copied, None)
-        return chunk[size:], start + size
-
-    def _whole(self, held: list[bytes], start: int, frames: list[Frame]) -> tuple[list[bytes], int]:
-        for frame in frames:
-            if frame.layer is Layer.LIBXC and frame.type == LibxcType.PAGE_DATA:
-                self._pages += (frame.length - _PAGE_DATA_HEAD_BYTES) // _PAGE_AND_PFN_BYTES
-            if frame.ends_checkpoint and frame.end > start:
-                whole, held = _split(held, frame.end - start)
-                self._acknowledge(whole, frame.end - start, self._pages)
-                start, self._pages = frame.end, 0
-        self._partial_bytes = sum(map(len, held))
-        if self._whole_bytes + self._partial_bytes > self._limit_bytes:
+    def _hold(self, piece: memoryview) -> None:
+        if not self._acked:
+            self._write(piece, self._cut_fd)
+            return
+        size = len(self._incoming) + len(piece)
+        if size > self._limit_bytes:
             raise HypervisorError(
-                f"a checkpoint does not fit into hold_limit: {self._partial_bytes} bytes of it have come, "
-                f"{self._whole_bytes} of the one before are still held, {self._limit_bytes} are allowed"
+                f"a checkpoint does not fit into hold_limit: {size} bytes of it have come, "
+                f"{self._limit_bytes} are allowed"
             )
-        return held, start
+        with self._changed:
+            self._until(lambda: self._whole is None or len(self._whole) + size <= self._limit_bytes)
+        self._incoming += piece
 
-    def _acknowledge(self, whole: list[bytes], size: int, pages: int) -> None:
-        # The cut reads the number under the same lock: what was answered is held, what is not held is never answered.
-        with self._lock:
-            if self._cut:
-                raise _Cut
+    def _acknowledge(self, end: int) -> None:
+        size, pages, self._pages = end - self._last_end, self._pages, 0
+        self._last_end = end
+        # The cut takes the same lock: what was answered is held, and what is not held is never answered.
+        with self._changed:
+            self._until(lambda: self._whole is None)
+            self._see_libxl()
+            self._send(Ack(self._acked + 1, size, pages).encode())
             self._acked += 1
-            if whole:
-                self._whole_bytes += size
+            loaded = self.loaded
+            if loaded:
                 self._largest_bytes = max(self._largest_bytes, size)
-                self._pieces.put(whole)
-            self._sock.sendall(Ack(self._acked, size, pages).encode())
-        if self.loaded:
-            self._post(self._tell_acknowledged, self.loaded)
+                self._whole, self._incoming = self._incoming, bytearray()
+                self._changed.notify_all()
+        if loaded:
+            self._post(self._tell_acknowledged, loaded)
+        else:
+            self._post(_settle, self._copied, None)
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        # With the lock, which is free while this waits for the other thread.
+        self._changed.wait_for(lambda: done() or self._cut or self._failure is not None, _LIBXL_S)
+        if self._cut:
+            raise _Cut
+        if self._failure is not None:
+            raise HypervisorError(f"libxl takes no further checkpoint: {self._failure}")
+        if not done():
+            raise HypervisorError(f"libxl has not taken the checkpoint before within {_LIBXL_S:g} s")
+
+    def _see_libxl(self) -> None:
+        poll = select.poll()
+        poll.register(self._target, 0)
+        if poll.poll(0):
+            self._failure = self._failure or HypervisorError("it has closed its end of the stream")
+            raise HypervisorError(f"libxl takes no further checkpoint: {self._failure}")
+
+    def _send(self, answer: bytes) -> None:
+        # Never waits: an answer that does not go out at once is one of many that the primary has not read.
+        try:
+            sent = self._sock.send(answer)
+        except BlockingIOError:
+            sent = 0
+        except OSError as broken:
+            raise _Gone(f"the connection to the primary is broken: {broken}") from broken
+        if sent < len(answer):
+            raise _Gone("the primary does not read what is answered")
 
     def _refuse(self, reason: str) -> None:
+        # The primary may be in the middle of writing, and reads no answer before it is done. What it writes is thrown
+        # away for so long; else the end of the connection would be the first thing that it hears.
         _log.warning("the stream is refused: %s", reason)
+        with suppress(_Gone), self._changed:
+            if self._cut:
+                return
+            self._send(Refusal(reason).encode())
+        poll = select.poll()
+        poll.register(self._cut_fd, select.POLLIN)
+        poll.register(self._sock, select.POLLIN)
+        deadline = time.monotonic() + _DRAIN_S
         with suppress(OSError):
-            self._sock.sendall(Refusal(reason).encode())
-
-    def _receive(self, size: int) -> bytes:
-        data = self._sock.recv(size)
-        if self._cut:
-            raise _Cut
-        if not data:
-            raise OSError("the primary's end of the stream is closed")
-        return data
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            data += self._receive(size - len(data))
-        return data
+            while (left_s := deadline - time.monotonic()) > 0:
+                if any(fd == self._cut_fd for fd, _ in poll.poll(left_s * 1000)):
+                    return
+                with suppress(BlockingIOError):
+                    if not self._sock.recv(_CHUNK_BYTES):
+                        return
 
     # --- The thread that gives ---------------------------------------------------------------------------------------
 
     def _give(self) -> None:
         try:
-            while (pieces := self._pieces.get()) is not None:
-                size = sum(map(len, pieces))
-                for piece in pieces:
-                    _write_all(self._target, piece)
-                with self._lock:
-                    self._whole_bytes -= size
-        except OSError as broken:
-            self._failure = broken
+            while (whole := self._next()) is not None:
+                self._write(whole, self._abort_fd)
+                with self._changed:
+                    self._whole = None
+                    self._changed.notify_all()
+            self._see_libxl()
+        except Exception as failed:  # noqa: BLE001 - the other thread is told, and `hand_over`
+            with self._changed:
+                self._failure = self._failure or failed
+                self._changed.notify_all()
         finally:
+            self._taker.join()  # it looks at the descriptor; a failure, the cut and `close` end it
             os.close(self._target)
             self._post(self._handed.set)
+
+    def _next(self) -> bytearray | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._whole is not None or self._ending)
+            return self._whole
+
+    # --- Both --------------------------------------------------------------------------------------------------------
+
+    def _write(self, data: memoryview | bytearray, wake_fd: int) -> None:
+        poll = select.poll()
+        poll.register(wake_fd, select.POLLIN)
+        poll.register(self._target, select.POLLOUT)
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._target, view) :]
+            except BlockingIOError:
+                if any(fd == wake_fd for fd, _ in poll.poll()):
+                    raise _Cut("it was closed") from None
+            except OSError as broken:
+                raise HypervisorError(f"libxl does not take the stream: {broken}") from broken
 
 
 def _settle(answer: asyncio.Future[bytes | None], value: bytes | None) -> None:
     if not answer.done():
         answer.set_result(value)
-
-
-def _split(held: list[bytes], size: int) -> tuple[list[bytes], list[bytes]]:
-    # The first `size` bytes, and the rest.
-    before: list[bytes] = []
-    for index, piece in enumerate(held):
-        if len(piece) >= size:
-            before.append(piece[:size])
-            rest = piece[size:]
-            return before, ([rest] if rest else []) + held[index + 1 :]
-        before.append(piece)
-        size -= len(piece)
-    return before, []
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

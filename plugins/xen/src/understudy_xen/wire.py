@@ -30,6 +30,8 @@ HELLO_BYTES: Final = _HELLO.size
 
 _HEADER: Final = struct.Struct(">HH")
 _ACK: Final = struct.Struct(">QQQ")
+_ACK_KIND: Final = 1
+_REFUSAL_KIND: Final = 2
 _LONGEST_REASON: Final = 2000
 
 
@@ -81,7 +83,7 @@ class Ack:
 
     def encode(self) -> bytes:
         """Return it as bytes."""
-        return _HEADER.pack(1, _ACK.size) + _ACK.pack(self.count, self.stream_bytes, self.pages)
+        return _HEADER.pack(_ACK_KIND, _ACK.size) + _ACK.pack(self.count, self.stream_bytes, self.pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +94,53 @@ class Refusal:
 
     def encode(self) -> bytes:
         """Return it as bytes."""
-        text = self.reason.encode()[:_LONGEST_REASON]
-        return _HEADER.pack(2, len(text)) + text
+        text = self.reason.encode(errors="replace")[:_LONGEST_REASON]
+        return _HEADER.pack(_REFUSAL_KIND, len(text)) + text
 
 
 class Answers:
-    """Takes the secondary's answers apart, from bytes as they come."""
+    """Takes the secondary's answers apart, from bytes as they come.
+
+    Guarantees:
+        Acknowledgements come out without a gap, counted from 1, and nothing after a refusal; whatever else arrives is
+        an error. At most one answer that is not whole is held.
+    """
 
     def __init__(self) -> None:
         self._waiting = bytearray()
+        self._count = 0
+        self._refused = False
 
     def feed(self, data: bytes) -> Iterator[Ack | Refusal]:
-        """Yield the answers that `data` completes.
+        """Yield the answers that `data` completes; must be exhausted.
 
         Raises:
-            PeerError: These are no answers.
+            PeerError: These are no answers, or not the next ones. Those before them have been yielded.
         """
         self._waiting += data
         while len(self._waiting) >= _HEADER.size:
             kind, length = _HEADER.unpack_from(self._waiting)
-            if (kind, length) != (1, _ACK.size) and (kind != 2 or length > _LONGEST_REASON):  # noqa: PLR2004 - as encoded
+            if (kind, length) != (_ACK_KIND, _ACK.size) and (
+                kind != _REFUSAL_KIND or length > _LONGEST_REASON
+            ):
                 raise PeerError(f"the secondary answers a checkpoint with kind {kind}, {length} bytes")
             if len(self._waiting) < _HEADER.size + length:
                 return
             body = bytes(self._waiting[_HEADER.size : _HEADER.size + length])
             del self._waiting[: _HEADER.size + length]
-            yield Ack(*_ACK.unpack(body)) if kind == 1 else Refusal(body.decode(errors="replace"))
+            if self._refused:
+                raise PeerError("the secondary answers on after it has refused")
+            yield self._acknowledgement(body) if kind == _ACK_KIND else self._refusal(body)
+
+    def _acknowledgement(self, body: bytes) -> Ack:
+        answer = Ack(*_ACK.unpack(body))
+        if answer.count != self._count + 1:
+            raise PeerError(
+                f"the secondary acknowledges checkpoint {answer.count}, after checkpoint {self._count}"
+            )
+        self._count = answer.count
+        return answer
+
+    def _refusal(self, body: bytes) -> Refusal:
+        self._refused = True
+        return Refusal(body.decode(errors="replace"))
