@@ -518,7 +518,8 @@ async def test_an_agent_that_comes_back_without_the_arbiter_touches_nothing(tmp_
             await hosts.boot("alpha")
             tenure = hosts.agents["alpha"].tenure("web")
             await hosts.until(lambda: "waiting for the arbiter" in tenure.problem)
-            assert hosts.world.swept == []
+            # Beta sweeps when it has time, also after alpha's crash; that is another matter.
+            assert "alpha" not in [host for host, *_ in hosts.world.swept]
             assert hosts.world.running("web") == ["alpha"]
         await hosts.until(lambda: hosts.role("alpha") == "alone" and not tenure.busy)
 
