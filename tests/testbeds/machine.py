@@ -52,7 +52,7 @@ class BedMachine:
     def __init__(self, prefix: str) -> None:
         self.run = Path(tempfile.mkdtemp(prefix=prefix))
         self._console = self.run / "console"
-        self._buried = False
+        self.buried = False  #: whether none of its processes runs any more
         self.line, self._far = (
             socket.socketpair()
         )  #: the line's end outside; the subclass hands out and closes the far end
@@ -103,7 +103,7 @@ class BedMachine:
         Guarantees:
             When this returns no process of the group runs any more.
         """
-        if self._buried:  # the number may be somebody else's by now
+        if self.buried:  # the number may be somebody else's by now
             return
         # Also when the machine is gone by itself: a crashed one may have left members of its group.
         with suppress(ProcessLookupError):
@@ -115,7 +115,7 @@ class BedMachine:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"processes {left} of a machine's group survive SIGKILL")
             time.sleep(0.002)
-        self._buried = True
+        self.buried = True
 
     def close(self, *, keep: bool = False) -> None:
         """Kill the machine if it runs, and remove its run directory unless it shall be kept for a look at it."""

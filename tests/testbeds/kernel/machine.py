@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import shutil
 import socket
 import subprocess
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ ENVIRONMENT: Final = {
 }
 
 
-_turn = itertools.count(os.getpid())
+#: The kernels of this process, for `next_cpu`.
+_machines: weakref.WeakSet[Machine] = weakref.WeakSet()
 
 
 class KernelDied(MachineDied):
@@ -86,13 +88,17 @@ def memory_directory(memory_mib: int) -> str:
 
 
 def next_cpu() -> int:
-    """Return the CPU for the next kernel: each in turn, of those that this process may use.
+    """Return the CPU for the next kernel: of those that this process may use, one with the fewest of its kernels.
 
     A kernel and the processes of its guest take turns, never two at a time. On two CPUs every turn wakes up a sleeping
-    one: measured, a system call of the guest takes 60 µs then and 15 µs on one, a page fault 190 and 50 µs.
+    one: measured, a system call of the guest takes 60 µs then and 15 µs on one, a page fault 190 and 50 µs. Workers of
+    pytest-xdist begin at different CPUs.
     """
     allowed = sorted(os.sched_getaffinity(0))
-    return allowed[next(_turn) % len(allowed)]
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    first = int(worker.removeprefix("gw") or os.getpid()) % len(allowed)
+    taken = Counter(machine.cpu for machine in _machines if not machine.buried)
+    return min([*allowed[first:], *allowed[:first]], key=lambda cpu: taken[cpu])
 
 
 class Machine(BedMachine):
@@ -137,6 +143,7 @@ class Machine(BedMachine):
         super().__init__("understudy-bed-")
         serial = self._far
         self._life, lifeline = socket.socketpair()
+        self.cpu = next_cpu()  #: the only one that it runs on
         try:
             self._write_command(command, cwd or Path.cwd(), env or {}, terminal)
             self._write_settings(hostname, shared)
@@ -147,6 +154,7 @@ class Machine(BedMachine):
                 devices.append(f"vec{number}:{cable},mtu={wire.mtu},mac={wire.mac}")
             passed = [serial, lifeline, *(wire.end for wire in wires)]
             self._process = self._start(memory_mib, devices, [each.fileno() for each in passed], terminal)
+            _machines.add(self)
         except BaseException:
             self._forget()
             raise
@@ -198,7 +206,7 @@ class Machine(BedMachine):
                 readable = "null" if terminal[0] < 0 else f"fd:{copies[0]}"
                 arguments.append(f"con1={readable},fd:{copies[-1]}")
             return subprocess.Popen(
-                ["taskset", "--cpu-list", str(next_cpu()), PROGRAM, *arguments],
+                ["taskset", "--cpu-list", str(self.cpu), PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
