@@ -1,6 +1,6 @@
 # The two commands that do everything, installation included:  make demo  ·  make test
 # Settings: UNDERSTUDY_REQUIRE (testbeds that must not be skipped), UNDERSTUDY_ROUNDS=long (full counts),
-# UNDERSTUDY_QEMU (another QEMU for the tests), PYTEST_ARGS (for example -k name).
+# UNDERSTUDY_QEMU (another QEMU for the tests), PYTEST_ARGS (for example -k name; every phase of the tests gets them).
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
@@ -31,12 +31,12 @@ demo: setup
 
 test: export UNDERSTUDY_REQUIRE ?= qemu,kernel
 test: setup
-	@$(ROOT) $(BIN)/pytest $(PYTEST_ARGS)
+	@$(ROOT) $(BIN)/python -m tests.phases $(PYTEST_ARGS)
 
 test-long: export UNDERSTUDY_REQUIRE ?= qemu,kernel
 test-long: export UNDERSTUDY_ROUNDS := long
 test-long: setup
-	@$(ROOT) $(BIN)/pytest --timeout 1800 $(PYTEST_ARGS)
+	@$(ROOT) $(BIN)/python -m tests.phases --timeout 1800 $(PYTEST_ARGS)
 
 test-qemu10: export UNDERSTUDY_REQUIRE ?= qemu,kernel
 test-qemu10: setup

@@ -1,0 +1,60 @@
+"""The phases of ``make test`` miss no test, and the whole ends as one pytest would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import phases
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("place", [*phases.ALONE, *phases.LONGEST])
+def test_places_are_there(place: str) -> None:
+    assert (phases.TESTS / place).exists()
+
+
+def test_every_module_is_in_one_phase() -> None:
+    assert {phases.phase_of(path) for path in phases.TESTS.rglob("test_*.py")} <= {*phases.PHASES}
+    assert phases.phase_of(phases.TESTS / "xen" / "test_domain.py") == "xen"
+    assert phases.phase_of(phases.TESTS / "qemu" / "test_hosts.py") == "alone"
+    assert phases.phase_of(Path(__file__)) == "beside"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "whole"),
+    [([0, 0, 5], 0), ([0, 1, 0], 1), ([2], 2), ([5, 5, 5], 5), ([5, 0, 5], 0), ([5, 3, 1], 3)],
+)
+def test_status(statuses: list[int], whole: int) -> None:
+    assert phases.whole_status(statuses) == whole
+
+
+def test_closing_line() -> None:
+    counts = {"passed": 1680, "skipped": 1, "error": 2}
+    assert (
+        phases.closing_line(counts, 1019.5).strip("=")
+        == " 1680 passed, 1 skipped, 2 errors in 1019.50s (0:16:59) "
+    )
+    assert phases.closing_line({}, 1).strip("=") == " no tests ran in 1.00s "
+
+
+@pytest.mark.slow
+def test_a_failure_is_named_at_the_end_although_later_phases_have_no_tests(tmp_path: Path) -> None:
+    module = tmp_path / "test_bad.py"
+    module.write_text("def test_bad(): assert False\n")
+    command = [sys.executable, "-m", "tests.phases", "-p", "no:cacheprovider"]
+    command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    command += [str(module), f"{Path(__file__)}::test_closing_line"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    *_, failed, closing = done.stdout.splitlines()
+    assert failed == "FAILED ::test_bad"
+    assert closing.strip("=").startswith(" 1 failed, 1 passed in ")
