@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.testbeds.kernel.machine import INSIDE, Machine
+from tests.testbeds.kernel.machine import Machine
+from tests.testbeds.machine import INSIDE
 
 __all__ = ["answer", "is_inside", "measured_inside"]
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.testbeds.rounds import rounds
 
-pytest_plugins = ("tests.phases", "tests.testbeds.kernel.plugin")
+pytest_plugins = ("tests.phases", "tests.testbeds.kernel.plugin", "tests.testbeds.xen.plugin")
 
 # No deadline for an example: the machine's other work is not the example's fault. What falsified a property is
 # printed in a form that repeats it.

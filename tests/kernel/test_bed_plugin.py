@@ -38,7 +38,7 @@ CONFTEST: Final = """
 pytest_plugins = ("tests.testbeds.kernel.plugin",)
 
 def pytest_configure():
-    from tests.testbeds.kernel import plugin
+    from tests.testbeds import plugin
     plugin.GRACE_S = 1.0
 """
 

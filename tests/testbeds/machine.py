@@ -14,8 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Final
 
-__all__ = ["BedMachine", "MachineDied", "running"]
+__all__ = ["INSIDE", "BedMachine", "MachineDied", "running"]
 
+INSIDE: Final = (
+    "UNDERSTUDY_BED"  #: environment variable that holds the bed's name for everything that runs in it
+)
 TAIL_LINES: Final = 60
 KILL_S: Final = 10.0  # what a loaded host may take to bury a killed process group
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from tests.testbeds.kernel.xstate import COMPILER, built_library
-from tests.testbeds.machine import BedMachine, MachineDied
+from tests.testbeds.machine import INSIDE, BedMachine, MachineDied
 
-__all__ = ["INSIDE", "KernelDied", "Machine", "Wire", "missing_for_kernel"]
+__all__ = ["KernelDied", "Machine", "Wire", "missing_for_kernel"]
 
 PROGRAM: Final = "linux.uml"
 MODULES: Final = Path("/usr/lib/uml/modules")
 INIT: Final = Path(__file__).with_name("init")
-INSIDE: Final = "UNDERSTUDY_BED"  #: environment variable that is ``kernel`` for everything that runs inside
 MEMORY_MIB: Final = 512
 ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

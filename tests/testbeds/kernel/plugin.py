@@ -1,164 +1,38 @@
-"""The pytest plugin of the kernel bed: tests marked ``kernel`` run inside it and are reported here, one by one.
-
-A module's marked tests share one kernel. Not one for the whole session: what a test leaves in a kernel (interfaces,
-modules, DRBD minors) cannot be swept as reliably as by a new kernel, modules can be run in any order and by several
-workers, and each may ask for its own memory. Not one for each test: two seconds each. The tests are named to the
-inner pytest one at a time, with the one that follows, as pytest-xdist does it: so fixtures of modules work, ``-x``,
-``-k`` and node ids mean what they always mean, and a test that takes its kernel along costs no other its result. The
-next one gets a new kernel.
-
-What needs the network, or is to be kept for the next run, is done outside before the kernel is booted: by the function
-that the marker names, ``kernel(outside=build)``.
-
-A test has its ordinary timeout inside. If it does not even end then, its kernel is killed `GRACE_S` later.
-"""
+"""The pytest plugin of the kernel bed: tests marked ``kernel`` run inside it; see `tests.testbeds.plugin`."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
 import pytest
 
-from tests.testbeds.bed import need
-from tests.testbeds.kernel.inside import Inside
-from tests.testbeds.kernel.machine import INSIDE, MEMORY_MIB, KernelDied, missing_for_kernel
-from tests.testbeds.kernel.modulebed import ORDERED, ModuleBed, NotCollected, NotPrepared
-from tests.testbeds.kernel.post import inside
-
-GRACE_S: Final = 10.0
-# Of the bed: told as the failure of the test.
-FAILURES: Final = (KernelDied, NotCollected, NotPrepared, OSError)
-UNTIMED_S: Final = 600.0  # deadline of a test that has no timeout: not even the bed waits for ever
+from tests.testbeds.kernel.machine import MEMORY_MIB, Machine, missing_for_kernel
+from tests.testbeds.kernel.post import inside, outside
+from tests.testbeds.modulebed import Bed
+from tests.testbeds.plugin import configure
+from tests.testbeds.post import Post
 
 
-class Outside:
-    """Runs in the pytest process outside."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._bed: ModuleBed | None = None
-        self._broken: dict[Path, Exception] = {}
-        self._timeout_s: dict[str, float] = {}
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        """Run a marked test inside; let pytest do as ever where the bed is missing, which skips it."""
-        if not _is_ours(item) or missing_for_kernel():
-            return None
-        following = nextitem
-        if nextitem is None or not _is_ours(nextitem) or nextitem.path != item.path:
-            following = None
-        hook = item.ihook
-        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._reports(item, following):
-            hook.pytest_runtest_logreport(report=report)
-        if following is None:
-            self._close()
-        # A test before this one may have left standing outside what it thought to share with it.
-        call = pytest.CallInfo.from_call(
-            lambda: item.session._setupstate.teardown_exact(nextitem), when="teardown"
-        )
-        if call.excinfo is not None:
-            hook.pytest_runtest_logreport(report=hook.pytest_runtest_makereport(item=item, call=call))
-        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        return True
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Skip or fail a marked test where the bed is missing."""
-        if _is_ours(item):
-            need("kernel", missing_for_kernel())
-
-    @pytest.hookimpl(tryfirst=True, optionalhook=True)
-    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
-        """Take note of the timeout: the clock runs inside, and here only after it."""
-        if not _is_ours(item):
-            return None
-        self._timeout_s[item.nodeid] = settings.timeout
-        return True
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtestloop(self) -> Generator[None, object, object]:
-        """End the last kernel before pytest-cov, around this, gathers its data."""
-        try:
-            return (yield)
-        finally:
-            self._close()
-
-    def _reports(self, item: pytest.Item, following: pytest.Item | None) -> Iterator[pytest.TestReport]:
-        began = time.monotonic()
-        phase: Literal["setup", "call", "teardown"] = "setup"
-        try:
-            bed = self._bed_for(item)
-            timeout_s = self._timeout_s.get(item.nodeid, UNTIMED_S)
-            for report in bed.run(item, following, timeout_s + GRACE_S):
-                phase = "call" if report.when == "setup" and report.passed else "teardown"
-                yield report
-        except FAILURES as problem:
-            self._close()
-            took_s = time.monotonic() - began
-            yield _failure(item, phase, str(problem), took_s)
-            if phase != "teardown":
-                yield _failure(item, "teardown", None, 0.0)
-
-    def _bed_for(self, item: pytest.Item) -> ModuleBed:
-        if item.path in self._broken:
-            raise self._broken[item.path]
-        if self._bed is not None and self._bed.module != item.path:
-            self._close()
-        if self._bed is None:
-            found = (
-                each.get_closest_marker("kernel") for each in item.session.items if each.path == item.path
-            )
-            marks = [mark for mark in found if mark is not None]
-            try:
-                for prepare in {mark.kwargs["outside"] for mark in marks if "outside" in mark.kwargs}:
-                    _prepare(prepare)
-                sizes = [mark.kwargs.get("memory_mib", MEMORY_MIB) for mark in marks]
-                self._bed = ModuleBed(self._config, item.path, max(sizes))
-                self._bed.ready()
-            except FAILURES as problem:
-                self._broken[item.path] = problem
-                raise
-        return self._bed
-
-    def _close(self) -> None:
-        bed, self._bed = self._bed, None
-        if bed is not None:
-            bed.close()
+def _boot(
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], sizes: Mapping[str, int]
+) -> tuple[Machine, Post]:
+    machine = Machine(command, cwd=cwd, env=env, memory_mib=sizes["memory_mib"])
+    return machine, outside(machine.line.fileno(), machine.run)
 
 
-def _is_ours(item: pytest.Item) -> bool:
-    return item.get_closest_marker("kernel") is not None
-
-
-def _prepare(prepare: Callable[[], object]) -> None:
-    try:
-        prepare()
-    except Exception as problem:  # whatever it is, it is told as the failure of the test
-        raise NotPrepared(f"outside, before the kernel was booted: {problem}") from problem
-
-
-def _failure(
-    item: pytest.Item, phase: Literal["setup", "call", "teardown"], text: str | None, took_s: float
-) -> pytest.TestReport:
-    return pytest.TestReport(
-        nodeid=item.nodeid,
-        location=item.location,
-        keywords=dict.fromkeys(item.keywords, 1),
-        outcome="passed" if text is None else "failed",
-        longrepr=text,
-        when=phase,
-        duration=took_s,
-    )
+KERNEL: Final = Bed(
+    name="kernel",
+    missing=missing_for_kernel,
+    runs_inside=lambda _: True,
+    sizes={"memory_mib": MEMORY_MIB},
+    boot=_boot,
+    inside=inside,
+    boot_s=60.0,  # 4 s on an idle machine
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Be the outer half, or inside the bed the inner one, or inside at a developer's prompt nothing at all."""
-    if os.environ.pop(ORDERED, None):
-        config.pluginmanager.register(Inside(config, inside()), "understudy-kernel-inside")
-    elif INSIDE not in os.environ:
-        config.pluginmanager.register(Outside(config), "understudy-kernel-outside")
+    """Be what `configure` says."""
+    configure(config, KERNEL)

@@ -6,11 +6,9 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import termios
-from pathlib import Path
 
-from tests.testbeds.xen.checkout import pack
+from tests.testbeds.xen.checkout import packed
 from tests.testbeds.xen.image import NotBuilt, image, missing_for_xen
 from tests.testbeds.xen.machine import DOM0_MIB, MEMORY_MIB, Plug, XenDied, XenMachine
 from tests.testbeds.xen.network import Network
@@ -48,9 +46,7 @@ def main() -> int:
 def _run(given: argparse.Namespace, command: list[str]) -> int:
     built = image()
     machines: list[XenMachine] = []
-    with tempfile.TemporaryDirectory(prefix="understudy-xen-") as scratch, Network(given.hosts) as network:
-        checkout = Path(scratch) / "checkout"
-        pack(checkout)
+    with Network(given.hosts) as network:
         names = NAMES[: given.hosts]
         plugs = [Plug(network, number) for number in range(1, given.hosts + 1)]
         try:
@@ -58,7 +54,7 @@ def _run(given: argparse.Namespace, command: list[str]) -> int:
                 machines.append(
                     XenMachine(
                         built,
-                        checkout,
+                        packed(),
                         ["sleep", "infinity"] if machines else command,
                         env={
                             key: value for key, value in os.environ.items() if key.startswith("UNDERSTUDY_")
@@ -68,7 +64,7 @@ def _run(given: argparse.Namespace, command: list[str]) -> int:
                         hostname=name,
                         plug=plug,
                         hosts={name: plug.address for name, plug in zip(names, plugs, strict=True)},
-                        terminal=not machines,
+                        terminal=None if machines else (0 if sys.stdin.isatty() else -1, 1),
                     )
                 )
             return machines[0].wait(given.timeout)

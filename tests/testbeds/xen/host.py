@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Self
 
 from tests.testbeds.host import BedHost
 from tests.testbeds.post import Post
-from tests.testbeds.xen.checkout import pack
+from tests.testbeds.xen.checkout import packed
 from tests.testbeds.xen.image import image
 from tests.testbeds.xen.machine import DOM0_MIB, MEMORY_MIB, Plug, XenMachine
 
@@ -34,7 +33,6 @@ class XenHost(BedHost):
         plug: Plug | None = None,
         hosts: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
-        checkout: Path | None = None,
         timeout_s: float = BOOT_S,
     ) -> Self:
         """Boot a host; the arguments are `XenMachine`'s.
@@ -47,7 +45,6 @@ class XenHost(BedHost):
             plug: its place in a network.
             hosts: names and addresses that it knows.
             env: environment of all commands besides the bed's own.
-            checkout: the packed checkout; packed anew by default.
             timeout_s: until the agent answers and the toolstack works, once the image is there.
 
         Raises:
@@ -55,21 +52,18 @@ class XenHost(BedHost):
             NotBuilt: its image could not be built.
         """
         built = await asyncio.to_thread(image)
-        with tempfile.TemporaryDirectory(prefix="understudy-xen-") as scratch:
-            if checkout is None:
-                checkout = Path(scratch) / "checkout"
-                await asyncio.to_thread(pack, checkout)
-            # In this thread: QEMU dies with the thread that starts it.
-            machine = XenMachine(
-                built,
-                checkout,
-                AGENT,
-                env=env,
-                memory_mib=memory_mib,
-                dom0_mib=dom0_mib,
-                hostname=hostname,
-                shared=shared,
-                plug=plug,
-                hosts=hosts,
-            )
-            return await cls(machine, Post(machine.line.fileno())).up(timeout_s)
+        checkout = await asyncio.to_thread(packed)
+        # In this thread: QEMU dies with the thread that starts it.
+        machine = XenMachine(
+            built,
+            checkout,
+            AGENT,
+            env=env,
+            memory_mib=memory_mib,
+            dom0_mib=dom0_mib,
+            hostname=hostname,
+            shared=shared,
+            plug=plug,
+            hosts=hosts,
+        )
+        return await cls(machine, Post(machine.line.fileno())).up(timeout_s)

@@ -6,26 +6,25 @@ import os
 import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.testbeds.machine import BedMachine, MachineDied
-from tests.testbeds.xen.checkout import ROOT
+from tests.testbeds.machine import INSIDE, BedMachine, MachineDied
+from tests.testbeds.xen.checkout import ROOT, Checkout
 from tests.testbeds.xen.image import XEN_VERSION, Image
 from tests.testbeds.xen.network import Network
 from tests.testbeds.xen.post import PORT
 
-__all__ = ["DOM0_MIB", "INSIDE", "MEMORY_MIB", "Plug", "XenDied", "XenMachine"]
+__all__ = ["DOM0_MIB", "MEMORY_MIB", "Plug", "XenDied", "XenMachine"]
 
-INSIDE: Final = "UNDERSTUDY_BED"  #: environment variable that is ``xen`` for everything that runs in dom0
 MEMORY_MIB: Final = 1400
 DOM0_MIB: Final = 800
 # Found by trial, see the module's source note: SMAP and XSAVE of -cpu max end in faults of dom0 and of guests.
 CPU: Final = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+svm,+npt,-rdtscp"
 XEN_ARGUMENTS: Final = "console=com1 com1=115200 loglvl=all guest_loglvl=all noreboot=1"
 LINUX_ARGUMENTS: Final = "console=hvc0 rdinit=/init quiet loglevel=4"
+TERMINAL: Final = "/dev/hvc1"  # the first virtio console; hvc0 is Xen's
 ENVIRONMENT: Final = {
     "PATH": ":".join(
         (
@@ -40,6 +39,7 @@ ENVIRONMENT: Final = {
     INSIDE: "xen",
     # The checkout is read-only, and compiled.
     "PYTHONDONTWRITEBYTECODE": "1",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108 - dom0's own, in memory
 }
 
 
@@ -70,7 +70,7 @@ class XenMachine(BedMachine):
 
     Args:
         image: what it boots from.
-        checkout: the disk that `pack` has made.
+        checkout: what dom0 runs Python from.
         command: what to run in dom0, found there on PATH.
         cwd: where in dom0.
         env: environment of the command besides the bed's own.
@@ -80,7 +80,8 @@ class XenMachine(BedMachine):
         shared: directories that dom0 sees at the same path, by 9p without any cache.
         plug: its place in a network; none by default.
         hosts: names and addresses for /etc/hosts.
-        terminal: connect the console to this process's standard input and output.
+        terminal: file descriptors that the command reads and writes as a terminal, -1 for nothing to read; by default
+            its output goes to the console.
 
     Guarantees:
         After `close` no process and no file of it is left. It dies with the thread that made it.
@@ -95,7 +96,7 @@ class XenMachine(BedMachine):
     def __init__(
         self,
         image: Image,
-        checkout: Path,
+        checkout: Checkout,
         command: Sequence[str],
         *,
         cwd: Path = ROOT,
@@ -106,29 +107,39 @@ class XenMachine(BedMachine):
         shared: Iterable[Path] = (),
         plug: Plug | None = None,
         hosts: Mapping[str, str] | None = None,
-        terminal: bool = False,
+        terminal: tuple[int, int] | None = None,
     ) -> None:
         super().__init__("understudy-xen-")
         try:
             shares = list(shared)
-            self._write_command(command, cwd, env or {})
-            self._write_settings(hostname, plug, shares, hosts or {}, terminal=terminal)
+            self._write_command(command, cwd, env or {}, terminal)
+            self._write_settings(hostname, plug, shares, hosts or {})
             arguments = self._boot_arguments(image, memory_mib, dom0_mib)
             arguments += self._disk_arguments(image, checkout)
             arguments += self._share_arguments(shares)
             arguments += self._line_arguments()
-            arguments += self._console_arguments(terminal=terminal)
-            self._process = self._start(arguments, plug, terminal=terminal)
+            self._process = self._start(arguments, [self._far.fileno(), checkout.fd], plug, terminal)
         except BaseException:
             self._forget()
             raise
         finally:
             self._far.close()
 
-    def _write_command(self, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
+    def _write_command(
+        self, command: Sequence[str], cwd: Path, env: Mapping[str, str], terminal: tuple[int, int] | None
+    ) -> None:
         environment = {**ENVIRONMENT, "BED_RUN": str(self.run), **env}
         words = ["exec", "env", "-i", *(f"{key}={value}" for key, value in environment.items()), *command]
-        (self.run / "command").write_text(f"cd {shlex.quote(str(cwd))}\n{shlex.join(words)}\n")
+        script = f"cd {shlex.quote(str(cwd))}\n{shlex.join(words)}\n"
+        if terminal is not None:
+            # A session of its own makes it the controlling terminal: job control and Ctrl-C work.
+            mode = "raw"
+            if os.isatty(terminal[1]):
+                size = os.get_terminal_size(terminal[1])
+                mode = f"sane rows {size.lines} cols {size.columns}"
+            (self.run / "in-terminal").write_text(f"stty {mode}\n{script}")
+            script = f'exec setsid -c /bin/sh "$BED_RUN/in-terminal" <>{TERMINAL} >&0 2>&1\n'
+        (self.run / "command").write_text(script)
 
     def _write_settings(
         self,
@@ -136,14 +147,11 @@ class XenMachine(BedMachine):
         plug: Plug | None,
         shared: Sequence[Path],
         hosts: Mapping[str, str],
-        *,
-        terminal: bool,
     ) -> None:
         settings = {
             "hostname": hostname,
-            "address": plug.address if plug else "",
+            "address": plug.address if plug else "10.9.0.1",
             "xen": XEN_VERSION,
-            "terminal": "yes" if terminal else "",
         }
         lines = [f"{key}={shlex.quote(value)}" for key, value in settings.items()]
         lines.append(f"set -- {shlex.join(str(path) for path in shared)}")
@@ -163,10 +171,10 @@ class XenMachine(BedMachine):
             *("-initrd", f"{image.kernel} {linux},{image.initrd}"),
         ]
 
-    def _disk_arguments(self, image: Image, checkout: Path) -> list[str]:
+    def _disk_arguments(self, image: Image, checkout: Checkout) -> list[str]:
         # What dom0 writes goes to an unlinked file and is gone with QEMU.
         root = f"file={image.root},if=none,id=root,format=raw,snapshot=on"
-        tree = f"file={checkout},if=none,id=checkout,format=raw,readonly=on"
+        tree = f"file={checkout.path},if=none,id=checkout,format=raw,readonly=on"
         return [
             *("-drive", root, "-device", "virtio-blk-pci,drive=root,disable-legacy=on"),
             *("-drive", tree, "-device", "virtio-blk-pci,drive=checkout,disable-legacy=on"),
@@ -183,36 +191,36 @@ class XenMachine(BedMachine):
 
     def _line_arguments(self) -> list[str]:
         return [
+            *("-chardev", f"file,id=console,path={self._console}", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=line,fd={self._far.fileno()}"),
             *("-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=line,name={PORT}"),
         ]
 
-    def _console_arguments(self, *, terminal: bool) -> list[str]:
-        kind = "stdio,signal=off" if terminal else "null"
-        return ["-chardev", f"{kind},id=console,logfile={self._console}", "-serial", "chardev:console"]
-
-    def _start(self, arguments: list[str], plug: Plug | None, *, terminal: bool) -> subprocess.Popen[bytes]:
+    def _start(
+        self, arguments: list[str], passed: list[int], plug: Plug | None, terminal: tuple[int, int] | None
+    ) -> subprocess.Popen[bytes]:
         # Killed with its maker: nobody would end it who does not know of it.
         words = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *arguments]
-        passed = [self._far.fileno()]
         if plug is not None:
             mac = f"52:54:00:09:00:{plug.number:02x}"
             tap = f"tap,id=net,ifname={plug.network.tap(plug.number)},script=no,downscript=no"
             words += ["-netdev", tap, "-device", f"virtio-net-pci,netdev=net,mac={mac},romfile="]
             words = plug.network.switch.command(words)
-            passed.append(plug.network.switch.fileno())
-        with ExitStack() as stack:
-            said = stack.enter_context((self.run / "qemu").open("wb"))
-            self._console.touch()
+            passed = [*passed, plug.network.switch.fileno()]
+        self._console.touch()
+        if terminal is not None:
+            words += ["-chardev", "stdio,id=terminal,signal=off", "-device", "virtconsole,chardev=terminal"]
+        with (self.run / "qemu").open("wb") as said:
+            readable, writable = terminal or (-1, said.fileno())
             return subprocess.Popen(
                 words,
-                stdin=None if terminal else subprocess.DEVNULL,
-                stdout=None if terminal else said,
+                stdin=subprocess.DEVNULL if readable < 0 else readable,
+                stdout=writable,
                 stderr=said,
                 env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": str(self.run)},
                 pass_fds=passed,
-                start_new_session=not terminal,
-                process_group=0 if terminal else None,
+                # A session of its own: Ctrl-C at the tests' terminal is for the tests alone.
+                start_new_session=True,
             )
 
     def console(self) -> str:

@@ -136,12 +136,16 @@ class Network:
         # The peer is made where the client is: by the file descriptor, for there is no name.
         fd = self.client.fileno()
         words = ["ip", "link", "add", "client", "type", "veth", "peer", "name", "eth0", "netns"]
-        holder = self.client.popen("sleep", "60", stdin=subprocess.DEVNULL)
+        holder = self.client.popen(
+            "sh", "-c", "echo; exec sleep 60", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
         try:
+            assert holder.stdout is not None
+            holder.stdout.readline()  # it is there now: before that its namespace is still this process's
             ip(*words, str(holder.pid))
         finally:
             holder.kill()
-            holder.wait()
+            holder.communicate()
         assert fd >= 0
         ip("ip", "link", "set", "client", "master", "switch", "up")
         self.client.run("ip", "address", "add", f"{CLIENT}/24", "dev", "eth0")

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from tests.testbeds.host import ROOT, Completed
-from tests.testbeds.xen.checkout import pack
 from tests.testbeds.xen.host import XenHost
-from tests.testbeds.xen.image import image
 from tests.testbeds.xen.machine import DOM0_MIB, MEMORY_MIB, Plug
 from tests.testbeds.xen.network import Namespace, Network
 
@@ -103,8 +101,6 @@ class XenPair:
 
     async def __aenter__(self) -> Self:
         try:
-            await asyncio.to_thread(image)
-            await asyncio.to_thread(pack, self.root / "checkout")
             async with asyncio.TaskGroup() as booting:
                 for place in (self.alpha, self.beta):
                     booting.create_task(self.start(place))
@@ -130,7 +126,6 @@ class XenPair:
             plug=place.plug,
             hosts={each.name: each.address for each in (self.alpha, self.beta)},
             env=self._env,
-            checkout=self.root / "checkout",
         )
 
     async def crash(self, place: XenPlace) -> None:

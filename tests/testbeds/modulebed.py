@@ -1,4 +1,4 @@
-"""The kernel that one module's tests share, with a pytest inside that runs them as they are named to it."""
+"""The machine that one module's tests share, with a pytest inside that runs them as they are named to it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from tests.testbeds.kernel.machine import KernelDied, Machine
-from tests.testbeds.kernel.post import outside
-from tests.testbeds.machine import MachineDied
-from tests.testbeds.post import LineClosed
+from tests.testbeds.machine import BedMachine, MachineDied
+from tests.testbeds.post import LineClosed, Post
 
-__all__ = ["ORDERED", "ModuleBed", "NotCollected", "NotPrepared"]
+__all__ = ["ORDERED", "Bed", "ModuleBed", "NotCollected", "NotPrepared"]
 
-BOOT_S: Final = 60.0  # deadline of boot, imports and collection: 4 s on an idle machine
 END_S: Final = 15.0
 ORDERED: Final = "UNDERSTUDY_BED_PYTEST"  #: tells pytest inside that it is the inner half
 
@@ -32,27 +30,52 @@ class NotPrepared(RuntimeError):
     """What the tests want done outside could not be done."""
 
 
-class ModuleBed:
-    """One kernel, with a pytest inside that waits for orders.
+@dataclass(frozen=True)
+class Bed:
+    """What must be known of a bed to run the tests of a module in it.
 
     Args:
-        config: of the outer pytest.
-        module: whose tests it shall run.
-        memory_mib: of the kernel.
+        name: of the bed and of the marker.
+        missing: says what it lacks here.
+        runs_inside: says of a marked test whether it runs inside.
+        sizes: what a test may ask more of by its marker, with the defaults.
+        boot: starts a machine with a command, a directory, an environment and sizes; returns it with the outer end of
+            its line.
+        inside: returns the inner end.
+        boot_s: deadline of boot, imports and collection.
     """
 
-    def __init__(self, config: pytest.Config, module: Path, memory_mib: int) -> None:
+    name: str
+    missing: Callable[[], list[str]]
+    runs_inside: Callable[[pytest.Mark], bool]
+    sizes: Mapping[str, int]
+    boot: Callable[[Sequence[str], Path, Mapping[str, str], Mapping[str, int]], tuple[BedMachine, Post]]
+    inside: Callable[[], Post]
+    boot_s: float
+
+
+class ModuleBed:
+    """One machine, with a pytest inside that waits for orders.
+
+    Args:
+        bed: whose machine it is.
+        config: of the outer pytest.
+        module: whose tests it shall run.
+        sizes: of the machine.
+    """
+
+    def __init__(self, bed: Bed, config: pytest.Config, module: Path, sizes: Mapping[str, int]) -> None:
         self.module = module
+        self._bed = bed
         self._config = config
         self._busy = False
         kept = {key: value for key, value in os.environ.items() if key.startswith("UNDERSTUDY_")}
-        self.machine = Machine(
+        self.machine, self._post = bed.boot(
             [sys.executable, "-m", "pytest", *self._arguments()],
-            cwd=config.rootpath,
-            env={**kept, ORDERED: "1", "COVERAGE_FILE": "/run/tmp/coverage"},
-            memory_mib=memory_mib,
+            config.rootpath,
+            {**kept, ORDERED: "1", "COVERAGE_FILE": "/run/coverage"},
+            sizes,
         )
-        self._post = outside(self.machine.line.fileno(), self.machine.run)
 
     def _arguments(self) -> list[str]:
         config = self._config
@@ -78,10 +101,11 @@ class ModuleBed:
         """Wait until the tests are collected inside.
 
         Raises:
-            KernelDied: the kernel died, or pytest inside did not get that far in time.
+            MachineDied: the machine died, or pytest inside did not get that far in time.
             NotCollected: a module that can be imported outside cannot be imported inside.
         """
-        message = self._receive(time.monotonic() + BOOT_S, f"pytest inside was not ready after {BOOT_S:g} s")
+        late = f"pytest inside was not ready after {self._bed.boot_s:g} s"
+        message = self._receive(time.monotonic() + self._bed.boot_s, late)
         if message["errors"]:
             raise NotCollected("\n".join(["pytest inside the bed cannot collect it:", *message["errors"]]))
 
@@ -92,11 +116,11 @@ class ModuleBed:
 
         Args:
             item: the test.
-            following: the test that this kernel runs next: fixtures that both share stay.
+            following: the test that this machine runs next: fixtures that both share stay.
             timeout_s: until its last phase has ended.
 
         Raises:
-            KernelDied: the kernel died meanwhile, or was killed because the time was over.
+            MachineDied: the machine died meanwhile, or was killed because the time was over.
         """
         deadline = time.monotonic() + timeout_s
         over = f"the test with its fixtures did not end within {timeout_s:g} s"
@@ -132,17 +156,17 @@ class ModuleBed:
     def _ended(self) -> MachineDied:
         try:
             return self.machine.died(f"ended, and pytest in it with status {self.machine.wait(END_S)}")
-        except KernelDied as problem:
+        except MachineDied as problem:
             return problem
 
     def close(self) -> None:
-        """End the kernel, in peace if it can be, and take the coverage data along."""
+        """End the machine, in peace if it can be, and take the coverage data along."""
         try:
             # A test that still runs was interrupted by Ctrl-C; pytest inside would not listen before its end.
             if not self._busy:
                 self._post.send(None)
                 self.machine.wait(END_S)
-        except (LineClosed, KernelDied):
+        except (LineClosed, MachineDied):
             pass  # its last test has told
         finally:
             self._fetch_coverage()
