@@ -49,7 +49,8 @@ def compressed(encoder: Encoder, chunk: bytes, link_ns_per_byte: float, times: i
 def test_round_trip_with_any_cutting(chunks: list[bytes], sizes: list[int], slow: bool) -> None:
     encoder, decoder = Encoder(), Decoder()
     link = b"".join(send(encoder, chunk, 1e9 if slow else 0) for chunk in chunks)
-    out, at = [], 0
+    out: list[bytes] = []
+    at = 0
     for size in [*sizes, len(link)]:
         out += decoder.feed(link[at : at + size])
         at += size
@@ -77,11 +78,8 @@ def test_incompressible_pages_turn_it_off() -> None:
     encoder = Encoder(Clock(len(SOFT)))
     compressed(encoder, SOFT, 10.0, 10)
     assert encoder.pays
-    tries = 0
-    while encoder.pays:
-        compressed(encoder, HARD, 10.0, 1)
-        tries += 1
-    assert tries < 20
+    compressed(encoder, HARD, 10.0, 20)
+    assert not encoder.figures.compresses
     before = encoder.figures.link_bytes
     compressed(encoder, HARD, 10.0, 10)
     assert encoder.figures.link_bytes - before == 10 * (len(HARD) + PIECE_HEADER.size)

@@ -15,6 +15,7 @@ Source: tools/libs/light/libxl_stream_read.c and tools/libs/guest/xg_sr_restore.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -46,6 +47,7 @@ _PAGE_DATA_HEAD_BYTES: Final = 8
 _LIBXL_S: Final = 20.0  # for a whole checkpoint; less than the primary waits for the next acknowledgement
 _DRAIN_S: Final = 2.0
 _END_S: Final = 5.0
+_CLOSED: Final = "it has closed its end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Receiver:
         self._whole: bytearray | None = None  # the one that is acknowledged, but not handed over yet
         self._largest_bytes = 0
         self._handed = asyncio.Event()
-        self._failure: Exception | None = None  # why libxl can have no more
+        self._failure = ""  # why libxl can have no more
         self._finishing: asyncio.Future[None] | None = None
         self._taker = threading.Thread(target=self._take, name="xen: receive", daemon=True)
         self._giver = threading.Thread(target=self._give, name="xen: restore", daemon=True)
@@ -133,12 +135,14 @@ class Receiver:
     @property
     def loaded(self) -> int:
         """How many checkpoints after the first copy are acknowledged; final after `cut`."""
-        return max(0, self._acked - 1)
+        with self._changed:
+            return max(0, self._acked - 1)
 
     @property
     def held(self) -> Held:
         """What is held now."""
-        return Held(len(self._whole or b""), len(self._incoming), self._largest_bytes)
+        with self._changed:
+            return Held(len(self._whole or b""), len(self._incoming), self._largest_bytes)
 
     async def config(self, timeout_s: float) -> bytes:
         """Return the guest's configuration, with which the stream begins: libxl's JSON.
@@ -211,10 +215,8 @@ class Receiver:
             raise HypervisorError(
                 f"libxl has not taken the acknowledged checkpoints within {timeout_s:g} s"
             ) from None
-        if self._failure is not None:
-            raise HypervisorError(
-                f"libxl did not take an acknowledged checkpoint: {self._failure}"
-            ) from self._failure
+        if self._failure:
+            raise HypervisorError(f"libxl did not take all that was acknowledged: {self._failure}")
 
     async def close(self) -> None:
         """End the stream, what is being handed over, and both threads. Idempotent.
@@ -399,11 +401,11 @@ class Receiver:
 
     def _until(self, done: Callable[[], bool]) -> None:
         # With the lock, which is free while this waits for the other thread.
-        self._changed.wait_for(lambda: done() or self._cut or self._failure is not None, _LIBXL_S)
+        self._changed.wait_for(lambda: bool(done() or self._cut or self._failure), _LIBXL_S)
         if self._cut:
             raise _Cut
-        if self._failure is not None:
-            raise HypervisorError(f"libxl takes no further checkpoint: {self._failure}")
+        if self._failure:
+            raise self._no_libxl(self._failure)
         if not done():
             raise HypervisorError(f"libxl has not taken the checkpoint before within {_LIBXL_S:g} s")
 
@@ -411,8 +413,11 @@ class Receiver:
         poll = select.poll()
         poll.register(self._target, 0)
         if poll.poll(0):
-            self._failure = self._failure or HypervisorError("it has closed its end of the stream")
-            raise HypervisorError(f"libxl takes no further checkpoint: {self._failure}")
+            raise self._no_libxl(_CLOSED)
+
+    def _no_libxl(self, why: str) -> HypervisorError:
+        self._failure = self._failure or why
+        return HypervisorError(f"libxl takes no more of the stream: {self._failure}")
 
     def _send(self, answer: bytes) -> None:
         # Never waits: an answer that does not go out at once is one of many that the primary has not read.
@@ -457,7 +462,7 @@ class Receiver:
             self._see_libxl()
         except Exception as failed:  # noqa: BLE001 - the other thread is told, and `hand_over`
             with self._changed:
-                self._failure = self._failure or failed
+                self._no_libxl(str(failed))
                 self._changed.notify_all()
         finally:
             self._taker.join()  # it looks at the descriptor; a failure, the cut and `close` end it
@@ -481,9 +486,10 @@ class Receiver:
                 view = view[os.write(self._target, view) :]
             except BlockingIOError:
                 if any(fd == wake_fd for fd, _ in poll.poll()):
-                    raise _Cut("it was closed") from None
+                    raise _Cut("the receiver was closed") from None
             except OSError as broken:
-                raise HypervisorError(f"libxl does not take the stream: {broken}") from broken
+                why = _CLOSED if broken.errno == errno.EPIPE else str(broken)
+                raise self._no_libxl(why) from broken
 
 
 def _settle(answer: asyncio.Future[bytes | None], value: bytes | None) -> None:
