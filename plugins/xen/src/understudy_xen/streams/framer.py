@@ -370,15 +370,15 @@ class Framer:
                 at=self._start + 4,
                 allowed=f"{self.limits.record_bytes} bytes",
             )
-        if length:
-            yield from self._look(kind, length, byteorder)
+        yield from self._look(kind, length, byteorder)
         self._whole(length)
 
     # --- What a closer look adds -------------------------------------------------------------------------------------
 
     def _look(self, kind: int, length: int, byteorder: ByteOrder) -> Steps:  # noqa: ARG002 - for subclasses
         """Take a record's body and padding."""
-        yield -padded(length)
+        if length:
+            yield -padded(length)
 
     def _check_preamble(self, preamble: Preamble) -> None:
         """Look at what ``xl`` put in front."""

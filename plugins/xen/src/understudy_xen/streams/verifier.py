@@ -117,7 +117,7 @@ class Verifier(Framer):
             return PAIR.size, partial(VcpuContext.check, kind, width=self._width)
         if self._layer is Layer.LIBXC and kind == LibxcType.X86_PV_P2M_FRAMES:
             return PAIR.size, partial(P2mFrames.check, width=self._width)
-        return _CHECKS[self._layer, kind]
+        return _CHECKS.get((self._layer, kind), (0, _anything))
 
     def _note(self, kind: int, head: bytes, length: int, byteorder: ByteOrder) -> None:
         if kind & OPTIONAL:
@@ -131,7 +131,7 @@ class Verifier(Framer):
                 self._remark("is empty, as Xen 4.6 to 4.8 wrote it")
 
     def _pages(self, length: int, byteorder: ByteOrder) -> Steps:
-        head = yield min(length, PAIR.size)
+        head = (yield min(length, PAIR.size)) if length else b""
         try:
             count = page_count(head, length, byteorder)
             pages = 0
