@@ -26,13 +26,15 @@ from understudy_xen.libs.domain import DomainType, ShutdownReason
 from understudy_xen.libs.errors import DomainGone, SuspendFailed, SuspendFailure, XenCallFailed
 from understudy_xen.libs.loading import call
 from understudy_xen.libs.xen import HvmParam, Xen
-from understudy_xen.xenstore import BlockingStore, XenStoreConflict
+from understudy_xen.xenstore import BlockingStore, XenStoreConflict, asking
 
 __all__ = ["Suspended", "Suspender", "Way", "choose_way"]
 
-_LOOK_S: Final = 0.0002  # between two looks at the domain; a look is one hypercall
-_EAGER_S: Final = 0.1  # how long to look so often
-_PATIENT_S: Final = 0.002  # afterwards
+# The hypervisor's word wakes xenstored, and xenstored's wakes us. Looking by ourselves all the time is no faster, and
+# takes the processor from the guest that is to suspend. This is for a word that got lost on the way.
+_LOOK_S: Final = 0.02
+_ALL: Final = "@releaseDomain"
+_TOKEN: Final = "suspend"  # noqa: S105 - of a watch
 _WITHDRAWALS: Final = 50
 
 
@@ -157,6 +159,8 @@ class Suspender:
             self.way = best if way is None else way
             if self.way is Way.EVENT_CHANNEL:
                 self._channel = _EventChannel(xen, domid, port)
+            else:
+                self._store.watch(_ALL, _TOKEN)
         except BaseException:
             self._store.close()
             raise
@@ -206,8 +210,8 @@ class Suspender:
             XenCallFailed: The hypervisor refuses.
         """
         self._xen.resume(self.domid, fast=True)
-        # Xenstored tells of a shutdown once; after this it tells of the next one.
-        self._store.resume(self.domid)
+        # Xenstored tells of a shutdown once; after this it tells of the next one. Its answer says nothing of interest.
+        self._store.post(asking.resume(self.domid))
 
     def _ask(self) -> None:
         if self._channel is not None:
@@ -218,20 +222,25 @@ class Suspender:
             self._store.write(self._control, "suspend")
 
     def _seen(self, deadline: float) -> bool:
-        eager = time.monotonic() + _EAGER_S
+        # Told by whoever is told first of a shutdown. Only a guest that is suspended from outside may be at once.
+        if self.way is not Way.OUTSIDE:
+            self._wait(deadline)
         while True:
             reason = self._xen.shutdown_reason(self.domid)
             if reason is ShutdownReason.SUSPEND:
                 return True
             if reason is not None:
                 raise SuspendFailed(self.domid, SuspendFailure.SHUTDOWN, reason.name.lower())
-            now = time.monotonic()
-            if now >= deadline:
+            if time.monotonic() >= deadline:
                 return False
-            if self._channel is not None:
-                self._channel.wait(min(deadline - now, 1.0))
-            else:
-                time.sleep(_LOOK_S if now < eager else _PATIENT_S)
+            self._wait(deadline)
+
+    def _wait(self, deadline: float) -> None:
+        left = max(0.0, min(deadline - time.monotonic(), _LOOK_S))
+        if self._channel is not None:
+            self._channel.wait(left)
+        else:
+            self._store.wait(left)
 
     def _give_up(self) -> None:
         if self.way is Way.XENSTORE:

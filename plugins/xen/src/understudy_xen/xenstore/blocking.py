@@ -18,7 +18,7 @@ from understudy_xen.xenstore import asking
 from understudy_xen.xenstore.asking import Request
 from understudy_xen.xenstore.connection import open_fd
 from understudy_xen.xenstore.errors import XenStoreLost, XenStoreMissing, XenStoreSilent, refusal
-from understudy_xen.xenstore.wire import Decoder, Message, Op, encode, strings, text_of
+from understudy_xen.xenstore.wire import Decoder, Message, Op, encode, text_of
 
 __all__ = ["BlockingStore"]
 
@@ -45,7 +45,7 @@ class BlockingStore:
         self._fd, self.place = open_fd(place)
         self._decoder = Decoder()
         self._req_id = 0
-        self._events: list[tuple[str, str]] = []
+        self._told = False
 
     def close(self) -> None:
         """Close the connection."""
@@ -58,10 +58,6 @@ class BlockingStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def fileno(self) -> int:
-        """Return the descriptor on which watch events come, for poll(2)."""
-        return self._fd
 
     def read(self, path: str) -> str:
         """Return the value at a path.
@@ -87,20 +83,46 @@ class BlockingStore:
         self.ask(asking.resume(domid))
 
     def watch(self, path: str, token: str) -> None:
-        """Watch a path; `events` returns what comes, first of all the path itself."""
+        """Watch a path; `wait` tells that something happened there, first of all right now."""
         self.ask(asking.watch(path, token))
 
-    def unwatch(self, path: str, token: str) -> None:
-        """Watch it no more; what had come already stays."""
-        self.ask(asking.unwatch(path, token))
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until something is told, and tell whether it was; what had come before counts, and is taken.
 
-    def events(self) -> list[tuple[str, str]]:
-        """Return path and token of each watch event that has come, without waiting."""
-        if self._come(0):
-            for message in self._receive("watch events"):
+        Args:
+            timeout_s: How long, seconds.
+        """
+        until = time.monotonic() + timeout_s
+        while not self._told:
+            if self._fd < 0:
+                raise XenStoreLost("the connection to xenstored is closed")
+            if not self._come(max(0.0, until - time.monotonic())):
+                return False
+            try:
+                messages = self._receive("watch events")
+            except BaseException:
+                self.close()
+                raise
+            for message in messages:
                 self._keep(message)
-        come, self._events = self._events, []
-        return come
+        self._told = False
+        return True
+
+    def post(self, request: Request[object]) -> None:
+        """Send a request and do not wait for its answer, whatever that will be.
+
+        Raises:
+            XenStoreSilent: Xenstored does not take it.
+            XenStoreLost: The connection is gone.
+        """
+        if self._fd < 0:
+            raise XenStoreLost(f"{request.what}: the connection to xenstored is closed")
+        self._req_id = self._req_id % 0xFFFFFFFF + 1
+        try:
+            self._send(encode(request.op, self._req_id, 0, request.payload), request.what)
+        except BaseException:
+            self.close()
+            raise
 
     def write_if(self, path: str, expected: str, value: str) -> bool:
         """Store a value if the present one is `expected`, and tell whether that was so; all in one transaction.
@@ -182,9 +204,8 @@ class BlockingStore:
         return self._decoder.feed(data)
 
     def _keep(self, message: Message) -> None:
-        if message.op == Op.WATCH_EVENT:
-            path, token, *_ = [*strings(message.payload), b"", b""]
-            self._events.append((text_of(path), text_of(token)))
+        # An answer to what was posted is nobody's.
+        self._told = self._told or message.op == Op.WATCH_EVENT
 
 
 def _poll(fd: int, events: int, timeout_s: float) -> bool:
