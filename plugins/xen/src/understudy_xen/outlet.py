@@ -253,6 +253,7 @@ class LinkOutlet(Outlet):
         self._answers = Answers()
         self._acked: Ack | None = None
         self._refusal: Refusal | None = None
+        self._nonsense: PeerError | None = None
         self._pump_failure: Exception | None = None
         self._encoder = Encoder() if compress else None
         self._pump: threading.Thread | None = None
@@ -304,8 +305,8 @@ class LinkOutlet(Outlet):
                 raise self.broken(
                     f"the secondary acknowledges checkpoint {self._acked.count} before it was made"
                 )
-            if self._refusal is not None:
-                raise self.broken("")
+            if self._refusal is not None or self._nonsense is not None:
+                raise self.broken(self._nonsense)
             left_ms = (deadline - time.monotonic()) * 1000
             if left_ms <= 0:
                 raise HypervisorError(f"checkpoint {count} was not acknowledged within {timeout_s:g} s")
@@ -315,7 +316,7 @@ class LinkOutlet(Outlet):
             try:
                 if not self._read_answers():
                     raise self.broken("the secondary has closed it")
-            except (OSError, PeerError) as broken:
+            except OSError as broken:
                 raise self.broken(broken) from broken
 
     def cut(self, reason: str) -> None:
@@ -347,11 +348,11 @@ class LinkOutlet(Outlet):
         """Return the error for a write that failed: with the secondary's refusal, if it said one."""
         if not self.reason:
             # A refusal comes before the end of the connection: where a write failed because of it, it can be read.
-            with suppress(OSError, PeerError):
+            with suppress(OSError):
                 self._read_answers()
         if self._refusal is not None:
             return HypervisorError(f"the secondary takes no further checkpoint: {self._refusal.reason}")
-        return super().broken(cause if self._pump_failure is None else self._pump_failure)
+        return super().broken(self._nonsense or self._pump_failure or cause)
 
     def _read_answers(self) -> bool:
         # What is there, more than ever waits at a time; false at the end.
@@ -360,11 +361,14 @@ class LinkOutlet(Outlet):
                 data = self._sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return True
-            for answer in self._answers.feed(data):
-                if isinstance(answer, Ack):
-                    self._acked = answer
-                else:
-                    self._refusal = answer
+            try:
+                for answer in self._answers.feed(data):
+                    if isinstance(answer, Ack):
+                        self._acked = answer
+                    else:
+                        self._refusal = answer
+            except PeerError as nonsense:
+                self._nonsense = self._nonsense or nonsense
             return bool(data)
 
     def _send_pieces(self, source: int, encoder: Encoder) -> None:
