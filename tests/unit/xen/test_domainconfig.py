@@ -18,6 +18,8 @@ from understudy_xen.libs.domain import DomainType
 
 #: From the preamble of what ``xl save`` of Xen 4.17 wrote.
 REAL = Path(__file__).with_name("tiny-pvh.json").read_text()
+#: From ``xl list -l`` of Xen 4.17, of a guest with two disks and two interfaces.
+WITH_DEVICES = Path(__file__).with_name("web-pvh.json").read_text()
 DISK = {"vdev": "xvda", "pdev_path": "/dev/vg/web", "backend": "phy", "format": "raw", "readwrite": 1}
 CD = {"vdev": "hdc", "format": "empty", "removable": 1, "is_cdrom": 1}
 NIC = {"devid": 0, "mac": "00:16:3E:01:02:03", "bridge": "xenbr0", "ifname": "web0", "script": "vif-bridge"}
@@ -58,6 +60,30 @@ def test_a_real_one() -> None:
         "on_crash": "destroy",
         "on_soft_reset": "soft_reset",
     }
+
+
+def test_a_real_one_with_devices() -> None:
+    domain = DomainConfig.parse(WITH_DEVICES)
+    assert [(disk.vdev, Path(disk.path).name, disk.backend, disk.format) for disk in domain.disks] == [
+        ("xvda", "d0.img", "qdisk", "raw"),
+        ("xvdb", "d1.img", "qdisk", "raw"),
+    ]
+    assert [(disk.read_only, disk.cdrom, disk.driver_domain) for disk in domain.disks] == [
+        (False, False, ""),
+        (True, False, ""),
+    ]
+    assert [(nic.devid, nic.mac, nic.bridge, nic.script) for nic in domain.nics] == [
+        (0, "00:16:3e:00:00:32", "xenbr0", "vif-understudy"),
+        (1, "00:16:3e:00:00:33", "xenbr0", "vif-understudy"),
+    ]
+    assert [(nic.emulated, nic.driver_domain) for nic in domain.nics] == [(False, ""), (False, "")]
+    assert set(domain.on_events.values()) == {"preserve"}
+    made = domain.for_copy(guest(disk=[{"vdev": "xvda"}, {"vdev": "xvdb"}], nic=[{}, {"bridge": "br1"}]))
+    told, before = json.loads(made.to_json()), json.loads(WITH_DEVICES)
+    assert told["nics"][1] == before["nics"][1] | {"bridge": "br1"}
+    # libxl writes an invalid number where it leaves the choice to itself.
+    assert before["c_info"]["domid"] == 0xFFFFFFFF
+    assert "domid" not in told["c_info"]
 
 
 def test_the_nul_at_its_end_is_no_part_of_it() -> None:
