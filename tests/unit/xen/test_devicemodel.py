@@ -23,6 +23,11 @@ DOMID = 7
 MAGIC = b"QEVM"  # of a saved state, QEMU migration/savevm.h
 
 
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 async def qemu(tmp_path: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     need("qemu", [] if shutil.which("qemu-system-x86_64") else ["the program qemu-system-x86_64"])
@@ -33,7 +38,7 @@ async def qemu(tmp_path: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     )
     try:
         async with asyncio.timeout(30):
-            while not socket_path.is_socket():
+            while not listens(socket_path):
                 assert process.poll() is None
                 await asyncio.sleep(0.01)
         yield process
