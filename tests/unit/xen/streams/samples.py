@@ -204,16 +204,19 @@ _sizes = {
 vcpu_contexts = st.sampled_from(VCPU_KINDS).flatmap(
     lambda kind: st.builds(VcpuContext, st.just(kind), u32, _sizes[kind].map(bytes))
 )
-libxc_bodies = st.one_of(
+hvm_bodies = st.one_of(
     page_data,
+    st.builds(TscInfo, u32, u32, u64, u32),
+    st.builds(HvmParams, st.lists(st.tuples(u64, u64), max_size=4).map(tuple)),
+)
+libxc_bodies = st.one_of(
+    hvm_bodies,
     st.sampled_from([PvInfo(4, 3), PvInfo(8, 4)]),
     st.builds(
         lambda start, more, frames: P2mFrames(start, start + more, frames), u16, u16, st.lists(u64).map(tuple)
     ),
     vcpu_contexts,
     st.builds(SharedInfo, st.binary(min_size=4096, max_size=4096)),
-    st.builds(TscInfo, u32, u32, u64, u32),
-    st.builds(HvmParams, st.lists(st.tuples(u64, u64), max_size=4).map(tuple)),
     st.builds(CpuidPolicy, _leaves),
     st.builds(MsrPolicy, _msrs),
     st.builds(DirtyPfnList, st.lists(u64, max_size=6).map(tuple)),

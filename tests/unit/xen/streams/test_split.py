@@ -15,7 +15,7 @@ from understudy_xen.streams.reader import records
 from understudy_xen.streams.split import Span, by_checkpoint, by_layer, plain
 from understudy_xen.streams.verifier import Verifier
 
-REMUS = {
+REMUS: dict[str, tuple[bytes, ByteOrder]] = {
     **{f"remus-{order}": (remus(order, checkpoints=4), order) for order in ORDERS},
     **{f"colo-{order}": (remus(order, checkpoints=4, colo=True), order) for order in ORDERS},
     "capture": (capture("pvh-remus.gz"), "little"),
@@ -42,7 +42,7 @@ def pages_of(data: bytes) -> dict[int, bytes]:
 def test_plain_at_a_checkpoint(name: str, checkpoint: int) -> None:
     data, byteorder = REMUS[name]
     end = [frame.end for frame in Framer().feed(data) if frame.ends_checkpoint][checkpoint - 1]
-    stream = made_plain(data, checkpoint, byteorder)  # type: ignore[arg-type]
+    stream = made_plain(data, checkpoint, byteorder)
     verifier = Verifier()
     verifier.feed(stream)
     verifier.finish()
@@ -52,7 +52,7 @@ def test_plain_at_a_checkpoint(name: str, checkpoint: int) -> None:
     states = [bytes(value.context) for _, value in records(stream) if isinstance(value, EmulatorContext)]
     assert states == ([] if name == "capture" else [b"QEVM" + bytes([checkpoint] * checkpoint)])
     # The same whatever came after that checkpoint.
-    assert made_plain(data[:end], checkpoint, byteorder) == stream  # type: ignore[arg-type]
+    assert made_plain(data[:end], checkpoint, byteorder) == stream
 
 
 def test_plain_at_a_checkpoint_that_is_not_there() -> None:
