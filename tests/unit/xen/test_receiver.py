@@ -79,7 +79,7 @@ async def secondary(*, limit_bytes: int = LIMIT_BYTES, reads: bool = True) -> As
         yield Secondary(made, sock, Listener(sock), reader, loaded, lost)
     finally:
         sock.close()
-        if made._giver.ident is None:
+        if made._pipe is None:
             os.close(reader.target)
         await made.close()
         await asyncio.to_thread(reader.close)
@@ -158,7 +158,7 @@ async def cut_at(made: Stream, offset: int, coding: Coding) -> tuple[list[Ack | 
             with pytest.raises(StateError, match="the first copy is not whole"):
                 await side.receiver.hand_over(1)
             await side.receiver.close()
-            got = await asyncio.to_thread(side.reader.result) if side.receiver._target >= 0 else b""
+            got = await asyncio.to_thread(side.reader.result) if side.receiver._pipe is not None else b""
         else:
             why = await side.why_lost()
             assert ("has ended the stream" in why) == (offset in made.ends), why
@@ -429,7 +429,7 @@ async def test_close_survives_its_cancellation() -> None:
         with pytest.raises(asyncio.CancelledError):
             await closing
         await side.receiver.close()
-        assert side.receiver._sock.fileno() == -1
+        assert side.receiver._primary._sock.fileno() == -1
         side.reader.may_read.set()
         await asyncio.to_thread(side.reader.result)
 

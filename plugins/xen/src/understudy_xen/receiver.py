@@ -15,14 +15,10 @@ Source: tools/libs/light/libxl_stream_read.c and tools/libs/guest/xg_sr_restore.
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
 import logging
 import os
-import select
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +26,7 @@ from typing import Final, NoReturn
 
 from understudy.errors import HypervisorError, StateError, UnderstudyError
 from understudy_xen.coding import Decoder
+from understudy_xen.descriptors import ConnectionGone, Interrupted, PrimaryConnection, RestorePipe
 from understudy_xen.streams.errors import StreamError
 from understudy_xen.streams.formats import Form, Layer, LibxcType
 from understudy_xen.streams.framer import Framer
@@ -41,13 +38,11 @@ __all__ = ["Held", "Receiver"]
 _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES: Final = 1 << 20
-_PIPE_BYTES: Final = 1 << 20
 _PAGE_AND_PFN_BYTES: Final = 4096 + 8
 _PAGE_DATA_HEAD_BYTES: Final = 8
 _LIBXL_S: Final = 20.0  # for a whole checkpoint; less than the primary waits for the next acknowledgement
 _DRAIN_S: Final = 2.0
 _END_S: Final = 5.0
-_CLOSED: Final = "it has closed its end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +52,6 @@ class Held:
     whole_bytes: int  #: of the acknowledged checkpoint that libxl has not taken yet
     partial_bytes: int  #: of the one that is coming in
     largest_bytes: int  #: of the checkpoints so far, without the first copy
-
-
-class _Cut(Exception):
-    # No error: the way out of the thread.
-    pass
-
-
-class _Gone(Exception):
-    # The connection is: nobody is left to be told.
-    pass
 
 
 class Receiver:
@@ -92,7 +77,6 @@ class Receiver:
         acknowledged: Callable[[int], None],
         lost: Callable[[str], None],
     ) -> None:
-        self._sock = sock
         self._limit_bytes = hold_limit_bytes
         self._tell_acknowledged = acknowledged
         self._tell_lost = lost
@@ -105,7 +89,7 @@ class Receiver:
         self._cut = False
         self._ending = False  # nothing more will be handed over
         self._acked = 0  # the first copy included
-        self._target = -1  # the restore's stream
+        self._pipe: RestorePipe | None = None
         self._begun = False  # the preamble is behind us
         self._offset = 0  # of the next chunk in the stream
         self._last_end = 0  # offset of the end of the last checkpoint
@@ -114,7 +98,6 @@ class Receiver:
         self._whole: bytearray | None = None  # the one that is acknowledged, but not handed over yet
         self._largest_bytes = 0
         self._handed = asyncio.Event()
-        self._failure = ""  # why libxl can have no more
         self._finishing: asyncio.Future[None] | None = None
         self._taker = threading.Thread(target=self._take, name="xen: receive", daemon=True)
         self._giver = threading.Thread(target=self._give, name="xen: restore", daemon=True)
@@ -123,9 +106,13 @@ class Receiver:
         try:
             self._cut_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._abort_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            sock.setblocking(False)  # noqa: FBT003 - its only argument
+            self._primary = PrimaryConnection(sock, self._cut_fd)
+            self._giver.start()
             self._taker.start()
         except BaseException:
+            with self._changed:
+                self._ending = True
+                self._changed.notify_all()
             self._close_eventfds()
             sock.close()
             raise
@@ -163,18 +150,12 @@ class Receiver:
         Raises:
             UnderstudyError: The stream ended before, or was wrong, or libxl did not take it.
         """
-        try:
-            if self._giver.ident is not None or self._finishing is not None:
-                raise StateError("the first copy goes to one restore, once")
-            os.set_blocking(target, False)
-            with suppress(OSError):  # no pipe, or more than a user may have: it only takes more turns
-                fcntl.fcntl(target, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            self._giver.start()
-        except BaseException:
+        if self._pipe is not None or self._finishing is not None:
             os.close(target)
-            raise
+            raise StateError("the first copy goes to one restore, once")
+        pipe = RestorePipe(target)
         with self._changed:
-            self._target = target
+            self._pipe = pipe
             self._changed.notify_all()
         await self._first(self._copied, timeout_s, "the first copy")
 
@@ -188,8 +169,7 @@ class Receiver:
             if not self._cut:
                 self._cut = True
                 os.eventfd_write(self._cut_fd, 1)
-                with suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_RDWR)
+                self._primary.shut()
                 self._changed.notify_all()
             return self.loaded
 
@@ -215,8 +195,8 @@ class Receiver:
             raise HypervisorError(
                 f"libxl has not taken the acknowledged checkpoints within {timeout_s:g} s"
             ) from None
-        if self._failure:
-            raise HypervisorError(f"libxl did not take all that was acknowledged: {self._failure}")
+        if self._pipe is not None and self._pipe.failure:
+            raise HypervisorError(f"libxl did not take all that was acknowledged: {self._pipe.failure}")
 
     async def close(self) -> None:
         """End the stream, what is being handed over, and both threads. Idempotent.
@@ -234,7 +214,7 @@ class Receiver:
         await asyncio.shield(self._finishing)
 
     def _finish(self) -> None:
-        threads = [thread for thread in (self._taker, self._giver) if thread.ident is not None]
+        threads = (self._taker, self._giver)
         for thread in threads:
             thread.join(_END_S)
         if not any(thread.is_alive() for thread in threads):
@@ -274,9 +254,9 @@ class Receiver:
         refuses = False
         try:
             self._take_all()
-        except _Cut:
+        except Interrupted:
             error = HypervisorError("the stream was cut")
-        except _Gone as gone:
+        except ConnectionGone as gone:
             error = HypervisorError(str(gone))
         except Exception as failed:  # noqa: BLE001 - told to the primary and to whoever waits, whatever it is
             refuses = True
@@ -286,7 +266,7 @@ class Receiver:
         if refuses:
             self._refuse(str(error))
         with self._changed:  # `cut` uses it
-            self._sock.close()
+            self._primary.close()
 
     def _take_all(self) -> NoReturn:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
@@ -300,26 +280,12 @@ class Receiver:
                 self._accept(memoryview(chunk))
 
     def _receive(self, into: memoryview) -> memoryview:
-        poll = select.poll()
-        poll.register(self._cut_fd, select.POLLIN)
-        poll.register(self._sock, select.POLLIN)
-        if self._target >= 0:
-            poll.register(self._target, 0)  # an error: nobody reads it any more
-        while True:
-            if self._cut:
-                raise _Cut
-            try:
-                length = self._sock.recv_into(into)
-            except BlockingIOError:
-                if any(fd == self._target for fd, _ in poll.poll()):
-                    self._see_libxl()
-                continue
-            except OSError as broken:
-                raise _Gone(f"the connection to the primary is broken: {broken}") from broken
-            if length:
-                return into[:length]
-            if not self._cut:
-                raise _Gone(self._how_it_ended())
+        got = self._primary.receive(into, self._pipe)
+        if self._cut:
+            raise Interrupted
+        if not got:
+            raise ConnectionGone(self._how_it_ended())
+        return got
 
     def _how_it_ended(self) -> str:
         try:
@@ -351,7 +317,7 @@ class Receiver:
         if wrong is not None:
             raise wrong
         if self._framer.ended:
-            raise _Gone("the primary has ended the stream")
+            raise ConnectionGone("the primary has ended the stream")
         if self._begun:
             self._hold(chunk[at:])
 
@@ -361,14 +327,14 @@ class Receiver:
             raise HypervisorError("the stream's configuration is not libxl's JSON; it is of Xen 4.5 or older")
         self._post(_settle, self._config, bytes(preamble.config).rstrip(b"\0"))
         with self._changed:
-            self._changed.wait_for(lambda: self._target >= 0 or self._cut)
+            self._changed.wait_for(lambda: self._pipe is not None or self._cut)
         if self._cut:
-            raise _Cut
+            raise Interrupted
         self._begun = True
 
     def _hold(self, piece: memoryview) -> None:
         if not self._acked:
-            self._write(piece, self._cut_fd)
+            self._libxl.write(piece, self._cut_fd)
             return
         size = len(self._incoming) + len(piece)
         if size > self._limit_bytes:
@@ -386,8 +352,8 @@ class Receiver:
         # The cut takes the same lock: what was answered is held, and what is not held is never answered.
         with self._changed:
             self._until(lambda: self._whole is None)
-            self._see_libxl()
-            self._send(Ack(self._acked + 1, size, pages).encode())
+            self._libxl.check()
+            self._primary.send(Ack(self._acked + 1, size, pages).encode())
             self._acked += 1
             loaded = self.loaded
             if loaded:
@@ -401,72 +367,47 @@ class Receiver:
 
     def _until(self, done: Callable[[], bool]) -> None:
         # With the lock, which is free while this waits for the other thread.
-        self._changed.wait_for(lambda: bool(done() or self._cut or self._failure), _LIBXL_S)
+        libxl = self._libxl
+        self._changed.wait_for(lambda: bool(done() or self._cut or libxl.failure), _LIBXL_S)
         if self._cut:
-            raise _Cut
-        if self._failure:
-            raise self._no_libxl(self._failure)
+            raise Interrupted
+        if libxl.failure:
+            raise libxl.fail(libxl.failure)
         if not done():
             raise HypervisorError(f"libxl has not taken the checkpoint before within {_LIBXL_S:g} s")
-
-    def _see_libxl(self) -> None:
-        poll = select.poll()
-        poll.register(self._target, 0)
-        if poll.poll(0):
-            raise self._no_libxl(_CLOSED)
-
-    def _no_libxl(self, why: str) -> HypervisorError:
-        self._failure = self._failure or why
-        return HypervisorError(f"libxl takes no more of the stream: {self._failure}")
-
-    def _send(self, answer: bytes) -> None:
-        # Never waits: an answer that does not go out at once is one of many that the primary has not read.
-        try:
-            sent = self._sock.send(answer)
-        except BlockingIOError:
-            sent = 0
-        except OSError as broken:
-            raise _Gone(f"the connection to the primary is broken: {broken}") from broken
-        if sent < len(answer):
-            raise _Gone("the primary does not read what is answered")
 
     def _refuse(self, reason: str) -> None:
         # The primary may be in the middle of writing, and reads no answer before it is done. What it writes is thrown
         # away for so long; else the end of the connection would be the first thing that it hears.
         _log.warning("the stream is refused: %s", reason)
-        with suppress(_Gone), self._changed:
+        with suppress(ConnectionGone), self._changed:
             if self._cut:
                 return
-            self._send(Refusal(reason).encode())
-        poll = select.poll()
-        poll.register(self._cut_fd, select.POLLIN)
-        poll.register(self._sock, select.POLLIN)
-        deadline = time.monotonic() + _DRAIN_S
-        with suppress(OSError):
-            while (left_s := deadline - time.monotonic()) > 0:
-                if any(fd == self._cut_fd for fd, _ in poll.poll(left_s * 1000)):
-                    return
-                with suppress(BlockingIOError):
-                    if not self._sock.recv(_CHUNK_BYTES):
-                        return
+            self._primary.send(Refusal(reason).encode())
+        self._primary.drain(_DRAIN_S)
 
     # --- The thread that gives ---------------------------------------------------------------------------------------
 
     def _give(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._pipe is not None or self._ending)
+        if self._pipe is None:
+            return
+        libxl = self._pipe
         try:
             while (whole := self._next()) is not None:
-                self._write(whole, self._abort_fd)
+                libxl.write(whole, self._abort_fd)
                 with self._changed:
                     self._whole = None
                     self._changed.notify_all()
-            self._see_libxl()
+            libxl.check()
         except Exception as failed:  # noqa: BLE001 - the other thread is told, and `hand_over`
             with self._changed:
-                self._no_libxl(str(failed))
+                libxl.fail(str(failed))
                 self._changed.notify_all()
         finally:
-            self._taker.join()  # it looks at the descriptor; a failure, the cut and `close` end it
-            os.close(self._target)
+            self._taker.join()  # it looks at the pipe, too; a failure, the cut and `close` end it
+            libxl.close()
             self._post(self._handed.set)
 
     def _next(self) -> bytearray | None:
@@ -476,20 +417,10 @@ class Receiver:
 
     # --- Both --------------------------------------------------------------------------------------------------------
 
-    def _write(self, data: memoryview | bytearray, wake_fd: int) -> None:
-        poll = select.poll()
-        poll.register(wake_fd, select.POLLIN)
-        poll.register(self._target, select.POLLOUT)
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(self._target, view) :]
-            except BlockingIOError:
-                if any(fd == wake_fd for fd, _ in poll.poll()):
-                    raise _Cut("the receiver was closed") from None
-            except OSError as broken:
-                why = _CLOSED if broken.errno == errno.EPIPE else str(broken)
-                raise self._no_libxl(why) from broken
+    @property
+    def _libxl(self) -> RestorePipe:
+        assert self._pipe is not None  # noqa: S101 - both use it only when it is there
+        return self._pipe
 
 
 def _settle(answer: asyncio.Future[bytes | None], value: bytes | None) -> None:
