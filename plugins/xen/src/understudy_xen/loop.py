@@ -1,13 +1,14 @@
 """The primary's checkpoint loop around libxc's save, in a thread of its own.
 
-libxc blocks the thread that saves a domain and calls back at fixed points. Here each callback hands its work to the
-event loop and waits for it, so that devices, link and other guests go on as ever, and the order is that of libxl's
-Remus with one step more, the answer::
+libxc blocks the thread that saves a domain and calls back at fixed points. What blocks is done there, in the
+callbacks: the guest is suspended and resumed, libxl's records are written, the answer is awaited. What belongs to
+others, the phases of the devices, is handed to the event loop. The order is that of libxl's Remus with one step more,
+the answer::
 
-    thread      suspend ─ pages ─ CHECKPOINT ─ postcopy ─ checkpoint ─────────────────────────── suspend …
-    event loop  stop the      copied by libxc  preresume  device model and CHECKPOINT_END written,
-                guest,                         resume     then the acknowledgement; the thread
-                postsuspend                               rests until the next one is asked for
+    libxc      suspend ────── pages, CHECKPOINT ── postcopy ───── checkpoint ──────────────────── suspend …
+    the guest  is stopped     copied               runs again     device model and CHECKPOINT_END
+    devices    postsuspend                         preresume      written, then acknowledged; the thread
+                                                                  rests until the next one is asked for
 
 The domain's log-dirty mode is on for as long as the loop lives; libxc turns it off when it returns, whatever the cause.
 
@@ -21,25 +22,29 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from understudy.errors import HypervisorError, StateError
+from understudy_xen.libs import Precopy, PrecopyStats
 
 if TYPE_CHECKING:
     from understudy.device import Progress
     from understudy.hypervisor import Phases
     from understudy_xen.outlet import Outlet
+    from understudy_xen.streams.cursor import Buffer
     from understudy_xen.wire import Ack
 
-__all__ = ["LoopGuest", "Precopy", "RemusLoop", "Save", "Taken"]
+__all__ = ["LoopGuest", "RemusLoop", "Save", "Taken"]
 
 _log = logging.getLogger(__name__)
+
+Phase = Callable[[], Coroutine[Any, Any, None]]
 
 _PAGE_BYTES: Final = 4096
 _FEW_PAGES: Final = 50  # libxc's own target: with so few dirty the guest is stopped for the rest
@@ -48,27 +53,19 @@ _ACK_S: Final = 30.0
 _COPY_ACK_S: Final = 120.0  # the first copy is passed through, at the speed of the other host's libxl
 
 
-class Precopy(Enum):
-    """What is to follow a round of the live copy; values are libxc's."""
-
-    ABORT = -1
-    CONTINUE = 0
-    STOP_AND_COPY = 1
-
-
 class LoopGuest(Protocol):
-    """The guest as the loop sees it."""
+    """The guest as the loop sees it; called in libxc's thread, and may block."""
 
-    async def suspend(self) -> None:
+    def suspend(self) -> None:
         """Have the guest suspend and see it suspended, its device model stopped and its state captured."""
 
-    async def resume(self) -> None:
+    def resume(self) -> None:
         """Let the suspended guest and its device model run on."""
 
-    def records(self) -> bytes:
-        """Return libxl's records of the device model as it was at the last `suspend`, ``b""`` without one."""
+    def records(self) -> Sequence[Buffer]:
+        """Return libxl's part of the checkpoint: the device model as it was at the last `suspend`, and the end."""
 
-    async def log_dirty(self, *, enable: bool) -> None:
+    def log_dirty(self, *, enable: bool) -> None:
         """Have the device model note which pages it writes, or not any more."""
 
 
@@ -95,11 +92,11 @@ class Taken:
 class _Round:
     # What the checkpoint that is under way belongs to.
     answer: asyncio.Future[Taken]
-    stopped: Callable[[], Awaitable[None]]
-    resuming: Callable[[], Awaitable[None]]
-    resumed: Callable[[], Awaitable[None]]
+    stopped: Phase
+    resuming: Phase
+    resumed: Phase
     marks_ns: dict[str, int] = field(default_factory=dict)
-    after: asyncio.Task[None] | None = None
+    after: Future[None] | None = None
 
     def mark(self, name: str) -> None:
         self.marks_ns[name] = time.monotonic_ns()
@@ -107,6 +104,10 @@ class _Round:
 
 async def _nothing() -> None:
     pass
+
+
+async def _run(phase: Callable[[int], Awaitable[None]], epoch: int) -> None:
+    await phase(epoch)
 
 
 class RemusLoop:
@@ -119,17 +120,13 @@ class RemusLoop:
         guest: What is saved.
         outlet: Where to. Whoever made it closes it, after the loop has ended.
         save: Calls libxc.
-        end_record: libxl's CHECKPOINT_END, whole.
         total_pages: Of the guest, for progress.
     """
 
-    def __init__(
-        self, guest: LoopGuest, outlet: Outlet, save: Save, *, end_record: bytes, total_pages: int = 0
-    ) -> None:
+    def __init__(self, guest: LoopGuest, outlet: Outlet, save: Save, *, total_pages: int = 0) -> None:
         self._guest = guest
         self._outlet = outlet
         self._save = save
-        self._end_record = end_record
         self._total_pages = total_pages
         self._progress: Progress | None = None
         self._loop = asyncio.get_running_loop()
@@ -137,8 +134,7 @@ class RemusLoop:
         self._round: _Round | None = None
         self._count = 0
         self._resting = False
-        self._waits_for_guest = False
-        self._hop: Future[None] | None = None
+        self._stopping: Future[None] | None = None  # the devices' phases before the pages are copied
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
         self.failure: BaseException | None = None  #: why the loop ended, ``None``: as it was told to
@@ -151,7 +147,7 @@ class RemusLoop:
 
     # --- The event loop's side ---------------------------------------------------------------------------------------
 
-    async def copy(self, stopped: Callable[[], Awaitable[None]], progress: Progress) -> Ack:
+    async def copy(self, stopped: Phase, progress: Progress) -> Ack:
         """Begin: copy the running guest, and stop it for the rest.
 
         Args:
@@ -192,13 +188,13 @@ class RemusLoop:
 
         ours = _Round(
             self._loop.create_future(),
-            lambda: phases.postsuspend(epoch),
-            lambda: phases.preresume(epoch),
-            lambda: phases.postresume(epoch),
+            partial(_run, phases.postsuspend, epoch),
+            partial(_run, phases.preresume, epoch),
+            partial(_run, phases.postresume, epoch),
         )
         taken = await self._await(ours, begin)
         if ours.after is not None:
-            await ours.after
+            await asyncio.wrap_future(ours.after)
         return taken
 
     def cut(self, reason: str) -> None:
@@ -209,9 +205,10 @@ class RemusLoop:
         if self.cut_reason:
             return
         self.cut_reason = reason
+        self._resting = False
         self._outlet.cut(reason)
-        if self._waits_for_guest and self._hop is not None:
-            self._hop.cancel()
+        if self._stopping is not None:
+            self._stopping.cancel()
         self._orders.put(False)  # noqa: FBT003 - do not go on
         if self._round is not None and not self._round.answer.done():
             self._round.answer.set_exception(HypervisorError(f"the checkpoint stream was cut: {reason}"))
@@ -279,24 +276,6 @@ class RemusLoop:
             return f"the save has ended: {self.failure or 'as it was told'}"
         return "another one is under way"
 
-    async def _suspending(self) -> None:
-        ours = self._need_round()
-        ours.mark("asked")
-        await self._guest.suspend()
-        ours.mark("stopped")
-        await ours.stopped()
-        ours.mark("barriers")
-
-    async def _resuming(self) -> None:
-        ours = self._need_round()
-        ours.mark("copied")
-        await ours.resuming()
-        ours.mark("permitted")
-        await self._guest.resume()
-        ours.mark("resumed")
-        # Beside the rest of the stream: the acknowledgement must not wait for it.
-        ours.after = asyncio.ensure_future(ours.resumed())
-
     def _need_round(self) -> _Round:
         if self._round is None:
             raise HypervisorError(f"nobody waits for this checkpoint: {self.cut_reason or 'it was given up'}")
@@ -313,35 +292,41 @@ class RemusLoop:
         with suppress(RuntimeError):  # the event loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._over, failure)
 
-    def suspend(self) -> bool:
+    def suspend(self) -> None:
         """Stop the guest and set the barriers."""
-        self._waits_for_guest = True
+        ours = self._need_round()
+        ours.mark("asked")
+        self._guest.suspend()
+        ours.mark("stopped")
+        self._stopping = self._in_loop(ours.stopped())
         try:
-            self._in_loop(self._suspending())
+            self._stopping.result()
+        except CancelledError:
+            raise HypervisorError(f"the stream was cut: {self.cut_reason}") from None
         finally:
-            self._waits_for_guest = False
-        return True
+            self._stopping = None
+        ours.mark("barriers")
 
-    def precopy(self, iteration: int, written_pages: int, dirty_pages: int) -> Precopy:
-        """Decide after each round of the live copy whether the guest is to be stopped for the rest.
-
-        Args:
-            iteration: Rounds so far.
-            written_pages: In all rounds.
-            dirty_pages: Since the round began; negative: not known yet.
-        """
+    def precopy(self, stats: PrecopyStats) -> Precopy:
+        """Decide after each round of the live copy whether the guest is to be stopped for the rest."""
         if self.cut_reason:
             return Precopy.ABORT
         if self._progress is not None and self._total_pages:
-            done = min(written_pages, self._total_pages) * _PAGE_BYTES
+            done = min(stats.written_pages, self._total_pages) * _PAGE_BYTES
             self._loop.call_soon_threadsafe(self._progress, "memory", done, self._total_pages * _PAGE_BYTES)
-        few = 0 <= dirty_pages < _FEW_PAGES
-        return Precopy.STOP_AND_COPY if few or iteration >= _MOST_ROUNDS else Precopy.CONTINUE
+        few = stats.dirty_pages is not None and stats.dirty_pages < _FEW_PAGES
+        return Precopy.STOP if few or stats.iteration >= _MOST_ROUNDS else Precopy.CONTINUE
 
-    def postcopy(self) -> bool:
+    def postcopy(self) -> None:
         """Let the guest run on: libxc has written all of the checkpoint."""
-        self._in_loop(self._resuming())
-        return True
+        ours = self._need_round()
+        ours.mark("copied")
+        self._in_loop(ours.resuming()).result()
+        ours.mark("permitted")
+        self._guest.resume()
+        ours.mark("resumed")
+        # Beside the rest of the stream: the acknowledgement must not wait for it.
+        ours.after = self._in_loop(ours.resumed())
 
     def checkpoint(self) -> bool:
         """Write what libxl's layer adds, wait for the acknowledgement, rest until told to go on.
@@ -350,23 +335,15 @@ class RemusLoop:
             Whether another checkpoint is to follow.
         """
         self._count += 1
-        self._outlet.write(self._guest.records() + self._end_record)
+        for record in self._guest.records():
+            self._outlet.write(record)
         ack = self._outlet.acknowledged(self._count, _COPY_ACK_S if self._count == 1 else _ACK_S)
         self._loop.call_soon_threadsafe(self._acknowledged, ack, time.monotonic_ns())
         return self._orders.get()
 
     def switch_qemu_logdirty(self, domid: int, *, enable: bool) -> None:  # noqa: ARG002 - libxc's signature
         """Tell the device model, which writes to the guest's memory, too."""
-        self._in_loop(self._guest.log_dirty(enable=enable))
+        self._guest.log_dirty(enable=enable)
 
-    def _in_loop(self, work: Coroutine[Any, Any, None]) -> None:
-        if self.cut_reason and self._waits_for_guest:
-            work.close()
-            raise HypervisorError(f"the stream was cut: {self.cut_reason}")
-        self._hop = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            self._hop.result()
-        except (asyncio.CancelledError, Exception) as error:
-            if self.cut_reason:
-                raise HypervisorError(f"the stream was cut: {self.cut_reason}") from error
-            raise
+    def _in_loop(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from understudy.hookspecs import CommandOffer, hookimpl
+from understudy.hookspecs import CommandOffer, HypervisorOffer, hookimpl
 
 if TYPE_CHECKING:
     import click
 
     from understudy.device import Subkind
+    from understudy.hypervisor import HostContext, Hypervisor
 
-__all__ = ["understudy_commands", "understudy_subkinds"]
+__all__ = ["understudy_commands", "understudy_hypervisors", "understudy_subkinds"]
 
 # Imports wait until something is really needed: the command line loads all plugins to learn their commands.
+
+
+def _hypervisor(here: HostContext) -> Hypervisor:
+    from understudy_xen.hypervisor import XenHypervisor  # noqa: PLC0415
+
+    return XenHypervisor(here)
 
 
 def _stream() -> click.Command:
@@ -27,6 +34,12 @@ def _stream() -> click.Command:
 def understudy_commands() -> Iterable[CommandOffer]:
     """Offer the look at migration streams."""
     return (CommandOffer("stream", "Verify, inspect and split migration streams of Xen.", _stream),)
+
+
+@hookimpl
+def understudy_hypervisors() -> Iterable[HypervisorOffer]:
+    """Offer Xen."""
+    return (HypervisorOffer("xen", _hypervisor),)
 
 
 @hookimpl

@@ -29,7 +29,7 @@ from understudy_xen.libs.errors import LibxlFailed, RestorerLost, XenUnavailable
 __all__ = ["CALL_S", "Restorer", "once"]
 
 _log = logging.getLogger("understudy_xen.libxl")
-START_S: Final = 10.0  #: for the process to be ready
+START_S: Final = 60.0  #: for the process to be ready: a fraction of a second on an idle host
 CALL_S: Final = 60.0  #: for an operation of libxl; a hotplug script alone may take 40 s of it
 _LINE_BYTES: Final = 1 << 22
 _TAIL_LINES: Final = 20

@@ -1,0 +1,271 @@
+"""Xen as a hypervisor: start and stop guests, tell what is there, prepare both sides of a session, clean up.
+
+What a session does with a guest is in primary.py and secondary.py; the answers of the preflight are in preflight.py,
+the janitor in janitor.py. A guest is the domain of its name; a copy, one with `INCOMING` behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from understudy import interfaces
+from understudy.device import DeviceInfo, Finding, Gate, Kind, Mode, ReplicationMode
+from understudy.errors import GuestNotFound, HypervisorError, StateError
+from understudy.hypervisor import (
+    FoundGuest,
+    GuestConfig,
+    GuestState,
+    HostContext,
+    Hypervisor,
+    PrimaryDomain,
+    Protection,
+    SecondaryDomain,
+)
+from understudy.services import Services
+from understudy_xen import inventory, janitor, toolstack
+from understudy_xen.devicemodel import DeviceModel
+from understudy_xen.domainconfig import INCOMING
+from understudy_xen.guestfile import HYPERVISOR, Compression, SuspendVia, XenConfig, parse_config
+from understudy_xen.inventory import Domain
+from understudy_xen.libs import DomainType, Way, Xen, open_xen
+from understudy_xen.primary import GATES, PrimaryParts, XenPrimary
+from understudy_xen.secondary import SecondaryParts, XenSecondary
+from understudy_xen.watching import DomainWatch
+from understudy_xen.xenstore import XenStore
+
+if TYPE_CHECKING:
+    from understudy.arbiter import Record
+
+__all__ = ["XenHypervisor"]
+
+_log = logging.getLogger(__name__)
+
+_WAYS: Mapping[SuspendVia, Way | None] = {
+    SuspendVia.AUTO: None,
+    SuspendVia.EVENT_CHANNEL: Way.EVENT_CHANNEL,
+    SuspendVia.XENSTORE: Way.XENSTORE,
+}
+
+
+class XenHypervisor(Hypervisor):
+    """Xen on one host.
+
+    Args:
+        here: What it may use of this host.
+    """
+
+    name: ClassVar[str] = HYPERVISOR
+
+    def __init__(self, here: HostContext) -> None:
+        super().__init__(here)
+        self._xen: Xen | None = None
+
+    @property
+    def modes(self) -> Mapping[Mode, frozenset[Gate]]:
+        """Remus, with a guest that waits for the barriers and for the disks."""
+        return GATES
+
+    def parse(self, table: Mapping[str, Any], *, name: str, source: Any, protection: Protection) -> XenConfig:
+        """Turn the Xen part of a guest file into a configuration; see guestfile.py."""
+        return parse_config(table, name=name, source=source, protection=protection, host=self.here.host)
+
+    # --- What is where, on this host ---------------------------------------------------------------------------------
+
+    @property
+    def xen(self) -> Xen:
+        """The hypervisor of this host.
+
+        Raises:
+            XenUnavailable: It cannot be used.
+        """
+        if self._xen is None:
+            self._xen = open_xen()
+        return self._xen
+
+    @asynccontextmanager
+    async def domains(self) -> AsyncIterator[Mapping[str, Domain]]:
+        """Enter with all domains of this host by name, dom0 left out."""
+        async with await XenStore.open() as store:
+            yield {domain.name: domain for domain in await inventory.domains(store, self.xen)}
+
+    async def find(self, config: GuestConfig, *, copy: bool = False) -> Domain | None:
+        """Return the guest's domain on this host, or its copy's, ``None`` if there is none."""
+        async with await XenStore.open() as store:
+            return await inventory.find(store, self.xen, config.name + (INCOMING if copy else ""))
+
+    # --- Contract: tell ----------------------------------------------------------------------------------------------
+
+    async def devices(self, config: GuestConfig) -> Sequence[DeviceInfo]:
+        """Return the guest's devices, its interfaces with the names that they have on this host now."""
+        domain = await self.find(config)
+        if domain is None:
+            return config.devices
+        facts: dict[str, Mapping[str, Any]] = {}
+        for nic in domain.nics:
+            facts[nic.name] = {"vif": nic.interface, "mac": nic.mac, "bridge": nic.bridge}
+        for device, disk in zip(_of_kind(config, Kind.DISK), domain.disks, strict=False):
+            facts[device.name] = {"path": disk.target}
+        return tuple(
+            replace(device, properties=MappingProxyType({**device.properties, **facts.get(device.name, {})}))
+            for device in config.devices
+        )
+
+    async def facts(self, config: GuestConfig) -> Mapping[str, Any]:
+        """Return what the other host's preflight must know; preflight.py has the members."""
+        return {}
+
+    async def probe(
+        self, config: GuestConfig, *, side: ReplicationMode, mode: Mode, peer_facts: Mapping[str, Any]
+    ) -> Sequence[Finding]:
+        """Answer the preflight for this host and side, all findings at once."""
+        return []
+
+    def probe_services(self, config: GuestConfig) -> Services:  # noqa: ARG002 - the contract's signature
+        """Offer nothing: no subkind needs a service of Xen's to probe."""
+        return Services()
+
+    async def found(self) -> Sequence[FoundGuest]:
+        """List the domains of this host, whoever started them."""
+        async with await XenStore.open() as store:
+            return [
+                FoundGuest(domain.name, _state(domain), await toolstack.is_ours(store, domain.domid))
+                for domain in await inventory.domains(store, self.xen)
+            ]
+
+    async def state(self, config: GuestConfig) -> GuestState:
+        """Tell what this host can see of the guest."""
+        domain = await self.find(config) or await self.find(config, copy=True)
+        return GuestState.ABSENT if domain is None else _state(domain)
+
+    # --- Contract: start and stop ------------------------------------------------------------------------------------
+
+    async def start(self, config: GuestConfig, record: Record) -> None:
+        """Start the guest here, unprotected, its output open.
+
+        Raises:
+            StateError: It runs here already, or a copy of it waits here.
+            HypervisorError: ``xl create`` failed; nothing is left running.
+        """
+        ours = _ours(config)
+        if await self.find(config, copy=True) is not None:
+            raise StateError(
+                f"a copy of {config.name} waits on {self.here.host}; it cannot be started beside it"
+            )
+        domain = await self.find(config)
+        if domain is not None:
+            if _state(domain) is not GuestState.SHUTOFF:
+                raise StateError(f"{config.name} runs already on {self.here.host}")
+            await self.discard(domain)
+        try:
+            await toolstack.create(ours)
+            domain = await self.find(config)
+            if domain is None:
+                raise HypervisorError(f"xl has created {config.name}, but there is no such domain")
+            await self.mark(domain.domid, record)
+        except BaseException:
+            await asyncio.shield(self.destroy(ours, guest=True))
+            raise
+
+    async def mark(self, domid: int, record: Record) -> None:
+        """Note in xenstore that a domain is the guest by this record."""
+        async with await XenStore.open() as store:
+            await toolstack.mark(store, domid, record)
+
+    async def stop(self, config: GuestConfig, *, force: bool, timeout_s: float) -> None:
+        """Shut the guest down (`force`: destroy it) and see it gone; right also when it does not run.
+
+        Raises:
+            HypervisorError: It did not shut down within `timeout_s` seconds and runs on, or could not be destroyed.
+        """
+        domain = await self.find(config)
+        if domain is not None and not force and _state(domain) is not GuestState.SHUTOFF:
+            await toolstack.shut_down(self.xen, domain, timeout_s)
+        for copy in (False, True):
+            domain = await self.find(config, copy=copy)
+            if domain is not None:
+                await self.discard(domain)
+
+    async def discard(self, domain: Domain) -> None:
+        """Bring a domain's interfaces down and off their bridges, then destroy it and see it gone; in this order."""
+        for nic in domain.nics:
+            for interface in (nic.interface, f"{nic.interface}-emu"):
+                await interfaces.close_way_out(interface)
+        await toolstack.destroy(self.xen, domain.domid)
+
+    async def destroy(self, config: XenConfig, *, guest: bool) -> None:
+        """Discard the copy of a guest on this host, or the guest itself. Idempotent."""
+        domain = await self.find(config, copy=not guest)
+        if domain is not None:
+            await self.discard(domain)
+
+    # --- Contract: sessions ------------------------------------------------------------------------------------------
+
+    async def primary(self, config: GuestConfig) -> PrimaryDomain:
+        """Open the running guest for a session.
+
+        Raises:
+            GuestNotFound: It does not run here.
+            StateError: It has shut down; nothing was changed.
+            HypervisorError: Xen cannot be used.
+        """
+        ours = _ours(config)
+        domain = await self.find(config)
+        if domain is None:
+            raise GuestNotFound(f"{config.name} does not run on {self.here.host}")
+        if _state(domain) is GuestState.SHUTOFF:
+            raise StateError(f"{config.name} has shut down on {self.here.host}")
+        parts = PrimaryParts(
+            xen=self.xen,
+            domid=domain.domid,
+            pages=domain.info.pages,
+            model=DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None,
+            way=_WAYS[ours.suspend],
+            compress=ours.compression is Compression.AUTO,
+            config=lambda: toolstack.configuration(domain.domid),
+            let_go=lambda: self.discard(domain),
+        )
+        return XenPrimary(parts, DomainWatch.begin(self.xen, domain.domid))
+
+    async def secondary(self, config: GuestConfig, peer_facts: Mapping[str, Any]) -> SecondaryDomain:  # noqa: ARG002 - the stream says more
+        """Make ready to hold a copy; nothing is created before its `launch`."""
+        ours = _ours(config)
+
+        async def check() -> None:
+            for copy in (False, True):
+                if await self.find(config, copy=copy) is not None:
+                    name = config.name + (INCOMING if copy else "")
+                    raise HypervisorError(
+                        f"there is a domain {name} on {self.here.host} already; destroy it if nobody needs it"
+                    )
+
+        async def destroy(guest: bool) -> None:  # noqa: FBT001 - a callback of one argument
+            await self.destroy(ours, guest=guest)
+
+        return XenSecondary(SecondaryParts(ours, check, destroy, self.mark))
+
+    async def sweep(self, config: GuestConfig, record: Record | None) -> Sequence[str]:
+        """Clean what a dead agent left of this guest on this host; see janitor.py."""
+        return await janitor.sweep(self, _ours(config), record)
+
+
+def _state(domain: Domain) -> GuestState:
+    info = domain.info
+    if domain.name.endswith(INCOMING):
+        return GuestState.INCOMING
+    if info.shutdown is not None and not info.suspended:
+        return GuestState.SHUTOFF
+    return GuestState.PAUSED if info.suspended or info.paused else GuestState.RUNNING
+
+
+def _of_kind(config: GuestConfig, kind: Kind) -> list[DeviceInfo]:
+    return [device for device in config.devices if device.kind is kind]
+
+
+def _ours(config: GuestConfig) -> XenConfig:
+    return cast("XenConfig", config)

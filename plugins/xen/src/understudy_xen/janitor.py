@@ -1,0 +1,76 @@
+"""The janitor: what a dead agent left of a guest on this host, decided by the record alone.
+
+A domain that is the guest although the record gives it to another host, and a copy that nobody will ever promote, are
+discarded: interfaces down and off their bridges, then destroyed. A guest whose record says that it is ``alone`` here
+runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on. One whose record is
+undecided stays as it is, with whatever gates stand above it.
+
+Log-dirty mode needs nothing: libxc turns it off when its process ends in peace, and turns it on anew if it was left on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from understudy.arbiter import Record, RecordState
+from understudy_xen.devicemodel import DeviceModel
+from understudy_xen.libs import DomainType
+from understudy_xen.live import SUSPEND_S, LiveGuest
+
+if TYPE_CHECKING:
+    from understudy_xen.guestfile import XenConfig
+    from understudy_xen.hypervisor import XenHypervisor
+    from understudy_xen.inventory import Domain
+
+__all__ = ["sweep"]
+
+
+async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | None) -> Sequence[str]:
+    """Clean what a dead agent left of a guest on this host.
+
+    Args:
+        hypervisor: This host's.
+        config: The guest.
+        record: The guest's record, ``None`` if there is none.
+
+    Returns:
+        What was done, one sentence each.
+    """
+    host = hypervisor.here.host
+    done = []
+    copy = await hypervisor.find(config, copy=True)
+    if copy is not None:
+        # It holds no more than libxl was given before the agent died, and who counts that is gone.
+        await hypervisor.discard(copy)
+        done.append(f"a copy of {config.name} was left on {host}: discarded")
+    domain = await hypervisor.find(config)
+    if domain is None or record is None:
+        return done
+    if record.state is RecordState.ALONE and record.owner == host:
+        return done + await _run_on(hypervisor, domain, record)
+    promoting = record.state is RecordState.PROMOTING and record.standby == host
+    if promoting or (record.owner == host and record.state is not RecordState.STOPPED):
+        return done
+    await hypervisor.discard(domain)
+    why = "after it was stopped" if record.owner == host else f"although the record says: {record}"
+    return [*done, f"{config.name} ran on {host} {why}: discarded"]
+
+
+async def _run_on(hypervisor: XenHypervisor, domain: Domain, record: Record) -> list[str]:
+    done = []
+    if domain.info.suspended:
+        model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
+        live = LiveGuest(hypervisor.xen, domain.domid, model)
+        try:
+            await asyncio.to_thread(live.bring_back, SUSPEND_S)
+        finally:
+            live.close()
+        done.append(f"{domain.name} was left suspended in the middle of a checkpoint: resumed")
+    info = hypervisor.xen.domain(domain.domid)
+    if info is not None and info.paused:
+        hypervisor.xen.unpause(domain.domid)
+        done.append(f"{domain.name} was left paused: it runs")
+    await hypervisor.mark(domain.domid, record)
+    return done

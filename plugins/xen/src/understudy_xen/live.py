@@ -1,0 +1,151 @@
+"""One running guest as the checkpoint loop needs it: stopped with its device model, and let go again, as libxl does it.
+
+Called in libxc's thread, which may block. Only the device model is asked through the event loop, where its connection
+lives; it is connected before the guest is stopped, so that what libxl's socket takes to answer is no pause.
+
+Source: tools/libs/light/libxl_dom_suspend.c (domain_suspend_common_guest_suspended, libxl__domain_resume) and
+libxl_dom_save.c (libxl__save_emulator_xenstore_data) of Xen 4.17.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+from understudy_xen.devicemodel import DeviceModel
+from understudy_xen.libs import Suspender, SuspendFailed, SuspendFailure, Way, Xen
+from understudy_xen.streams.cursor import Buffer
+from understudy_xen.streams.libxl import EmulatorContext, EmulatorXenstoreData
+from understudy_xen.streams.writer import checkpoint
+from understudy_xen.xenstore import BlockingStore, XenStoreMissing, asking
+
+__all__ = ["SUSPEND_S", "LiveGuest"]
+
+T = TypeVar("T")
+
+_LOOK_S: Final = 0.01
+SUSPEND_S: Final = 10.0  #: for the guest to suspend; what it does not do by then it is told to forget
+
+
+class LiveGuest:
+    """The guest of one domain.
+
+    Args:
+        xen: The hypervisor.
+        domid: Its domain.
+        model: Its device model, ``None`` for a guest without one.
+        way: How it is asked to suspend; ``None`` for the best that it offers.
+
+    Raises:
+        DomainGone: There is no such domain.
+    """
+
+    def __init__(self, xen: Xen, domid: int, model: DeviceModel | None, *, way: Way | None = None) -> None:
+        self.domid = domid
+        self._model = model
+        self._loop = asyncio.get_running_loop()
+        self._suspender = Suspender(xen, domid, way=way)
+        self._context: EmulatorContext | None = None
+        self._keys: EmulatorXenstoreData | None = None
+        self._may_suspend = False  # it was asked, has taken that up, and did not do it in time
+        self._xen = xen
+
+    @property
+    def way(self) -> Way:
+        """How it is asked to suspend."""
+        return self._suspender.way
+
+    def suspend(self) -> None:
+        """Suspend it, stop its device model, and take the state of its devices.
+
+        Raises:
+            SuspendFailed: It did not, and runs on or has ended; the error says which.
+            HypervisorError: Its device model refused, or does not answer. The guest may be suspended.
+        """
+        model = self._model
+        if model is not None:
+            self._in_loop(model.connect())
+        try:
+            self._suspender.suspend(timeout_s=SUSPEND_S)
+        except SuspendFailed as failed:
+            self._may_suspend = failed.failure is SuspendFailure.TIMEOUT
+            raise
+        if model is None:
+            return
+        self._context = EmulatorContext(self._in_loop(_capture(model)))
+        self._keys = EmulatorXenstoreData(_physmap(self.domid))
+
+    def records(self) -> list[Buffer]:
+        """Return libxl's part of a checkpoint: its device model as it was at the last `suspend`, and the end."""
+        return checkpoint(self._context, self._keys)
+
+    def resume(self) -> None:
+        """Let it run on, its device model first, as libxl does."""
+        if self._model is not None:
+            self._in_loop(self._model.proceed())
+        self._suspender.resume()
+        if self._model is not None:
+            self._in_loop(self._model.release())
+
+    def bring_back(self, timeout_s: float) -> None:
+        """See the guest run again, from wherever a checkpoint was given up; blocks.
+
+        Args:
+            timeout_s: How long a guest that has taken up the request to suspend may take to do so, seconds.
+
+        Raises:
+            HypervisorError: It does not run.
+
+        Guarantees:
+            It runs afterwards, unless somebody else has paused it or it has ended; its device model runs, too.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            info = self._xen.domain(self.domid)
+            if info is None or info.dying:
+                return
+            if info.suspended:
+                self.resume()
+                return
+            if not self._may_suspend or time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_S)
+        self._may_suspend = False
+        if self._model is not None:
+            self._in_loop(self._model.proceed())
+            self._in_loop(self._model.release())
+
+    def log_dirty(self, *, enable: bool) -> None:
+        """Have the device model mark the pages that it writes, or not any more."""
+        if self._model is not None:
+            self._in_loop(self._model.log_dirty(enable=enable))
+
+    def close(self) -> None:
+        """Let go of everything; the guest stays as it is. Idempotent."""
+        self._suspender.close()
+
+    def _in_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _capture(model: DeviceModel) -> bytes:
+    await model.stop()
+    return await model.state()
+
+
+def _physmap(domid: int) -> tuple[tuple[bytes, bytes], ...]:
+    # Where the memory of devices was moved to. QEMU before 2.10 kept it here; newer ones write nothing.
+    path = f"/local/domain/0/device-model/{domid}"
+    pairs = []
+    with BlockingStore() as store:
+        try:
+            offsets = store.ask(asking.directory(f"{path}/physmap"))
+        except XenStoreMissing:
+            return ()
+        for offset in offsets:
+            for name in store.ask(asking.directory(f"{path}/physmap/{offset}")):
+                key = f"physmap/{offset}/{name}"
+                pairs.append((key.encode(), store.read(f"{path}/{key}").encode()))
+    return tuple(pairs)

@@ -1,0 +1,132 @@
+"""What is left to Xen's own tools: create a guest from its xl configuration, shut it down, destroy it with all it has.
+
+`xl create` reads the configuration that an administrator wrote, which libxl cannot; the others are libxl's functions,
+called in a process of their own (understudy_xen.restorer).
+
+Source: xl(1), xl.cfg(5) of Xen 4.17.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from understudy.errors import HypervisorError
+from understudy_xen.domainconfig import EVENTS, PRESERVE
+from understudy_xen.guestfile import XenConfig
+from understudy_xen.inventory import Domain
+from understudy_xen.libs import Xen
+from understudy_xen.restorer.client import once
+from understudy_xen.xenstore import XenStore
+
+if TYPE_CHECKING:
+    from understudy.arbiter import Record
+
+__all__ = ["configuration", "create", "destroy", "is_ours", "mark", "shut_down"]
+
+_log = logging.getLogger(__name__)
+
+_CREATE_S: Final = 55.0
+_XL_S: Final = 20.0
+_GONE_S: Final = 10.0  # for a destroyed domain to be gone; its pages may be mapped a little longer
+_LOOK_S: Final = 0.05
+
+
+async def create(config: XenConfig) -> None:
+    """Start a guest from its xl configuration, under the guest file's name, and preserved whatever ends it.
+
+    Raises:
+        HypervisorError: xl failed, with its words.
+    """
+    settings = [f'name="{config.name}"', *(f'{event}="{PRESERVE}"' for event in EVENTS)]
+    await _xl("create", "-q", "-e", str(config.config), *settings, timeout_s=_CREATE_S)
+
+
+async def configuration(domid: int) -> bytes:
+    """Return a domain's configuration, libxl's JSON, as the head of a stream has it."""
+    async with once() as libxl:
+        return (await libxl.config(domid)).encode()
+
+
+async def shut_down(xen: Xen, domain: Domain, timeout_s: float) -> None:
+    """Ask a guest to shut down, and wait until it has.
+
+    Raises:
+        HypervisorError: It has not, and runs on.
+    """
+    await _xl("shutdown", "-F", str(domain.domid), timeout_s=_XL_S)
+    deadline = time.monotonic() + timeout_s
+    while (info := xen.domain(domain.domid)) is not None and info.shutdown is None:
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"{domain.name} did not shut down within {timeout_s:g} s and runs on")
+        await asyncio.sleep(_LOOK_S)
+
+
+async def destroy(xen: Xen, domid: int) -> None:
+    """Destroy a domain with its devices and its device model, and see it gone.
+
+    Raises:
+        HypervisorError: It is still there.
+
+    Guarantees:
+        It runs no more from the first step on, whatever libxl takes for the rest.
+    """
+    info = xen.domain(domid)
+    if info is None:
+        return
+    if not info.dying:
+        xen.pause(domid)
+        async with once() as libxl:
+            await libxl.destroy(domid)
+    deadline = time.monotonic() + _GONE_S
+    while xen.domain(domid) is not None:
+        if time.monotonic() > deadline:
+            raise HypervisorError(
+                f"domain {domid} was destroyed, but its memory is still in use by something"
+            )
+        await asyncio.sleep(_LOOK_S)
+
+
+async def mark(store: XenStore, domid: int, record: Record) -> None:
+    """Note beside a domain that it is the guest by a record; it goes with the domain."""
+    await store.write(_mark(domid), json.dumps({"generation": record.generation, "owner": record.owner}))
+
+
+async def is_ours(store: XenStore, domid: int) -> bool:
+    """Tell whether a domain was made the guest by an agent."""
+    return await store.get(_mark(domid)) is not None
+
+
+def _mark(domid: int) -> str:
+    return f"/local/domain/{domid}/understudy"
+
+
+async def _xl(*arguments: str, timeout_s: float) -> str:
+    # Nothing of xl stays behind: with -e it waits for no domain's end.
+    try:
+        process: Any = await asyncio.create_subprocess_exec(
+            "xl",
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as failed:
+        raise HypervisorError(f"xl cannot be run ({failed}); install Debian's xen-utils") from failed
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        raise HypervisorError(f"xl {arguments[0]} did not end within {timeout_s:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    words = output.decode(errors="replace").strip()
+    if process.returncode:
+        raise HypervisorError(f"xl {arguments[0]} failed with status {process.returncode}: {words}")
+    return str(words)

@@ -1,0 +1,104 @@
+"""What happens to a domain without being asked for: it shuts down, crashes, or is gone.
+
+xenstored tells all that watch ``@releaseDomain`` when any domain shuts down or goes; what it was the hypervisor says.
+
+Source: docs/misc/xenstore.txt (@releaseDomain), xen/include/public/sched.h (SHUTDOWN_*) of Xen 4.17.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Final, Self
+
+from understudy.errors import HypervisorError
+from understudy.hypervisor import DomainEvent, DomainEventKind
+from understudy_xen.libs import ShutdownReason, Xen
+from understudy_xen.xenstore import XenStore, XenStoreError
+
+__all__ = ["DomainWatch"]
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S: Final = 1.0  # also without a word of xenstored, which may be dead
+_AGAIN_S: Final = 0.5
+
+_MEANING: Final[Mapping[ShutdownReason, tuple[DomainEventKind, str]]] = {
+    ShutdownReason.POWEROFF: (DomainEventKind.SHUTDOWN, "the guest has shut down"),
+    ShutdownReason.REBOOT: (DomainEventKind.SHUTDOWN, "the guest has shut down to reboot; start it again"),
+    ShutdownReason.CRASH: (DomainEventKind.PANIC, "the guest has crashed"),
+    ShutdownReason.WATCHDOG: (DomainEventKind.PANIC, "the guest's watchdog has expired"),
+    ShutdownReason.SOFT_RESET: (
+        DomainEventKind.SHUTDOWN,
+        "the guest asks for a soft reset, which ends its domain",
+    ),
+    ShutdownReason.UNKNOWN: (DomainEventKind.PANIC, "the guest was shut down for a reason that is not known"),
+}
+
+
+class DomainWatch:
+    """Looks after one domain.
+
+    Args:
+        xen: The hypervisor.
+        domid: The domain.
+    """
+
+    def __init__(self, xen: Xen, domid: int) -> None:
+        self._xen = xen
+        self._domid = domid
+        self._queue: asyncio.Queue[DomainEvent] = asyncio.Queue()
+        self._told: set[DomainEventKind] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def begin(cls, xen: Xen, domid: int) -> Self:
+        """Look after a domain from now on."""
+        watch = cls(xen, domid)
+        watch._task = asyncio.get_running_loop().create_task(watch._look_after(), name=f"xen: domain {domid}")
+        return watch
+
+    async def events(self) -> AsyncIterator[DomainEvent]:
+        """Yield what happens, each thing once."""
+        while True:
+            yield await self._queue.get()
+
+    async def close(self) -> None:
+        """End looking. Idempotent."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _look_after(self) -> None:
+        while True:
+            try:
+                async with await XenStore.open() as store, store.watch("@releaseDomain") as watch:
+                    while True:
+                        self._look()
+                        await watch.next(_LOOK_S)
+            except XenStoreError as lost:
+                # The domain is looked at all the same; nothing of the checkpoint's own way goes through here.
+                _log.warning("domain %d is looked after without xenstored: %s", self._domid, lost)
+            self._look()
+            await asyncio.sleep(_AGAIN_S)
+
+    def _look(self) -> None:
+        try:
+            info = self._xen.domain(self._domid)
+        except HypervisorError as error:
+            _log.warning("domain %d cannot be looked at: %s", self._domid, error)
+            return
+        if info is None or info.dying:
+            self._tell(DomainEventKind.GONE, f"domain {self._domid} is gone")
+        elif info.shutdown is not None and (meaning := _MEANING.get(info.shutdown)) is not None:
+            # A suspend is no event: it is a checkpoint's, or an administrator's, who destroys the domain next.
+            self._tell(*meaning)
+
+    def _tell(self, kind: DomainEventKind, detail: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            self._queue.put_nowait(DomainEvent(kind, detail))
