@@ -22,7 +22,7 @@ HOTPLUG: Final = Path(__file__).parents[2] / "hotplug"
 FAKES: Final = Path(__file__).parent / "fakehost"
 COMMANDS: Final = (
     *("ip", "tc", "modprobe", "mkdir", "flock", "awk", "stat", "drbdsetup"),
-    *("xenstore-write", "xenstore-rm", "xenstore-exists"),
+    *("xenstore-ls", "xenstore-write", "xenstore-rm", "xenstore-exists"),
 )
 DEADLINE_S: Final = 30.0  #: a script takes a fraction of a second; in the kernel bed one or two
 NEVER: Final = 1_000_000
