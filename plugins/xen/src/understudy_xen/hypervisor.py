@@ -28,7 +28,7 @@ from understudy.hypervisor import (
     SecondaryDomain,
 )
 from understudy.services import Services
-from understudy_xen import inventory, janitor, toolstack
+from understudy_xen import inventory, janitor, probing, toolstack
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.domainconfig import INCOMING
 from understudy_xen.guestfile import HYPERVISOR, Compression, SuspendVia, XenConfig, parse_config
@@ -118,13 +118,18 @@ class XenHypervisor(Hypervisor):
 
     async def facts(self, config: GuestConfig) -> Mapping[str, Any]:
         """Return what the other host's preflight must know; preflight.py has the members."""
-        return {}
+        return await probing.facts(self, _ours(config))
 
     async def probe(
-        self, config: GuestConfig, *, side: ReplicationMode, mode: Mode, peer_facts: Mapping[str, Any]
+        self,
+        config: GuestConfig,
+        *,
+        side: ReplicationMode,
+        mode: Mode,  # noqa: ARG002 - there is but one
+        peer_facts: Mapping[str, Any],
     ) -> Sequence[Finding]:
         """Answer the preflight for this host and side, all findings at once."""
-        return []
+        return await probing.probe(self, _ours(config), side=side, peer_facts=peer_facts)
 
     def probe_services(self, config: GuestConfig) -> Services:  # noqa: ARG002 - the contract's signature
         """Offer nothing: no subkind needs a service of Xen's to probe."""

@@ -19,6 +19,7 @@ libxl_dom_save.c of Xen 4.17.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -31,7 +32,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from understudy.errors import HypervisorError, StateError
-from understudy_xen.libs import Precopy, PrecopyStats
+from understudy_xen.libs import Precopy, PrecopyStats, XenCallFailed
 
 if TYPE_CHECKING:
     from understudy.device import Progress
@@ -49,6 +50,7 @@ Phase = Callable[[], Coroutine[Any, Any, None]]
 _PAGE_BYTES: Final = 4096
 _FEW_PAGES: Final = 50  # libxc's own target: with so few dirty the guest is stopped for the rest
 _MOST_ROUNDS: Final = 5  # libxc's own bound of the live copy
+_BROKEN: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF, errno.ETIMEDOUT})
 _ACK_S: Final = 30.0
 _COPY_ACK_S: Final = 120.0  # the first copy is passed through, at the speed of the other host's libxl
 
@@ -144,6 +146,11 @@ class RemusLoop:
     def ended(self) -> asyncio.Event:
         """Set when libxc has returned."""
         return self._ended
+
+    @property
+    def resting(self) -> bool:
+        """Whether it waits to be asked for the next checkpoint."""
+        return self._resting
 
     # --- The event loop's side ---------------------------------------------------------------------------------------
 
@@ -287,6 +294,9 @@ class RemusLoop:
         failure: BaseException | None = None
         try:
             self._save(self._outlet.fd, self)
+        except XenCallFailed as error:
+            # Of a write that fails libxc knows only the errno; the outlet knows why it is broken.
+            failure = self._outlet.broken(error) if error.errno in _BROKEN else error
         except BaseException as error:  # noqa: BLE001 - told to whoever waits
             failure = error
         with suppress(RuntimeError):  # the event loop is closed: nobody waits

@@ -30,10 +30,19 @@ def _stream() -> click.Command:
     return stream
 
 
+def _xen() -> click.Command:
+    from understudy_xen.interop.command import xen  # noqa: PLC0415
+
+    return xen
+
+
 @hookimpl
 def understudy_commands() -> Iterable[CommandOffer]:
-    """Offer the look at migration streams."""
-    return (CommandOffer("stream", "Verify, inspect and split migration streams of Xen.", _stream),)
+    """Offer the look at migration streams, and the work with stock tools."""
+    return (
+        CommandOffer("stream", "Verify, inspect and split migration streams of Xen.", _stream),
+        CommandOffer("xen", "Work with Xen hosts that have only the stock tools.", _xen),
+    )
 
 
 @hookimpl

@@ -24,7 +24,7 @@ LEVELS: Final = {
     2: logging.DEBUG,
     3: logging.DEBUG,
     4: logging.DEBUG,
-    5: logging.INFO,
+    5: logging.DEBUG,  # several lines for each checkpoint
     6: logging.INFO,
     7: logging.WARNING,
     8: logging.ERROR,
