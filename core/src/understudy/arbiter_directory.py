@@ -42,7 +42,6 @@ from urllib.parse import quote, unquote
 from understudy.arbiter import Arbiter, Record, SwapResult
 from understudy.errors import ArbiterError, ArbiterUnavailable, ConfigError
 from understudy.hookspecs import ArbiterOffer, hookimpl
-from understudy.threads import TimedThreads
 
 __all__ = ["DirectoryArbiter", "understudy_arbiters"]
 
@@ -67,6 +66,8 @@ class DirectoryArbiter(Arbiter):
         self.path = path
         self.timeout_s = timeout_s
         self._keep = max(2, keep)
+        from understudy.threads import TimedThreads  # noqa: PLC0415 - with asyncio, which the command line does without
+
         self._threads = TimedThreads("arbiter")
 
     async def read(self, guest: str) -> Record | None:

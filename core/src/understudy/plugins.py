@@ -29,7 +29,6 @@ from understudy.hookspecs import (
     IntervalOffer,
     ObserverOffer,
 )
-from understudy.phases import in_words
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -137,7 +136,7 @@ class Plugins:
         except Exception as error:
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)
-            raise PluginError(info.name, info.distribution, in_words(error)) from error
+            raise PluginError(info.name, info.distribution, _in_words(error)) from error
         self._loaded[info.name] = info
 
     @property
@@ -203,7 +202,7 @@ class Plugins:
             try:
                 offers = _checked(hook, impl.function(), wanted)
             except Exception as error:  # noqa: BLE001 - whatever it raises is this plugin's failure
-                failed(_blame(info, f"{hook}: {in_words(error)}", error))
+                failed(_blame(info, f"{hook}: {_in_words(error)}", error))
                 continue
             for offer in offers:
                 if offer.name in first:
@@ -225,7 +224,7 @@ class Plugins:
         try:
             plugin = point.load()
         except Exception as error:  # noqa: BLE001 - an import can raise anything; the other plugins load all the same
-            self._leave_out(_with(info, problem=f"it cannot be imported: {in_words(error)}"))
+            self._leave_out(_with(info, problem=f"it cannot be imported: {_in_words(error)}"))
             return
         module = sys.modules.get(point.module)
         info = _with(info, file=getattr(module, "__file__", None) or "")
@@ -256,6 +255,12 @@ def _with(info: PluginInfo, *, file: str = "", problem: str = "") -> PluginInfo:
     return PluginInfo(
         info.name, info.distribution, info.version, info.module, file or info.file, problem, info.allowed
     )
+
+
+def _in_words(error: BaseException) -> str:
+    from understudy.phases import in_words  # noqa: PLC0415 - with asyncio, which the command line does without
+
+    return in_words(error)
 
 
 def _blame(info: PluginInfo, problem: str, cause: BaseException | None) -> PluginError:

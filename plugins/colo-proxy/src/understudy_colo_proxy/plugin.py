@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from understudy.device import Subkind
 from understudy.hookspecs import hookimpl
-from understudy_colo_proxy.subkind import COLO_PROXY
 
 __all__ = ["understudy_subkinds"]
 
@@ -14,4 +13,6 @@ __all__ = ["understudy_subkinds"]
 @hookimpl
 def understudy_subkinds() -> Iterable[Subkind]:
     """Offer ``colo-proxy``."""
+    from understudy_colo_proxy.subkind import COLO_PROXY  # noqa: PLC0415 - only where guests are protected
+
     return (COLO_PROXY,)
