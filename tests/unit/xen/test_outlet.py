@@ -25,6 +25,8 @@ from understudy_xen.wire import HELLO_BYTES, Ack, Coding, Hello, Refusal
 
 MUCH = bytes(64 << 20)  # more than any pipe or connection takes
 PAGES = random.Random(1).randbytes(4096) * 16  # fits into a connection that nobody reads
+BURST = random.Random(2).randbytes(128 << 10).hex().encode()  # compresses to somewhat more than a half
+SO_MAX_PACING_RATE = 47  # include/uapi/asm-generic/socket.h
 Pair = tuple[socket.socket, socket.socket]
 
 
@@ -221,6 +223,35 @@ def test_close_while_the_coder_is_busy(pair: Pair) -> None:
         outlet.write(b"x")
     with pytest.raises(HypervisorError, match="closed"):
         outlet.acknowledged(1, 1)
+
+
+def test_a_slow_link_is_noticed_by_bursts_that_fit_into_its_buffer() -> None:
+    here, there = tcp_pair()
+    here.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 4_000_000)
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    outlet = LinkOutlet(here, compress=True)
+    with ThreadPoolExecutor(1) as pool:
+
+        def secondary() -> None:
+            there.settimeout(10)
+            there.recv(HELLO_BYTES, socket.MSG_WAITALL)
+            decoder, got = Decoder(), 0
+            for count in range(1, 11):
+                while got < count * len(BURST):
+                    got += sum(map(len, decoder.feed(there.recv(1 << 20))))
+                there.sendall(Ack(count, len(BURST), 0).encode())
+
+        done = pool.submit(secondary)
+        for count in range(1, 11):
+            outlet.write(BURST)
+            outlet.acknowledged(count, 10)
+        done.result(10)
+    figures = outlet.figures()
+    outlet.close()
+    there.close()
+    assert figures is not None
+    assert figures.compresses
+    assert figures.link_bytes < figures.plain_bytes * 0.9
 
 
 @pytest.mark.parametrize("link", [True], indirect=True, ids=["coded"])

@@ -84,7 +84,7 @@ class Encoder:
         return PIECE_HEADER.pack(length, len(body)), body
 
     def sent(self, link_bytes: int, took_ns: int) -> None:
-        """Note how long the link took for the bytes of a piece."""
+        """Note how long the link takes for the bytes of a piece, not how long it took to write them to a buffer."""
         if link_bytes >= _SMALLEST_BYTES:
             self._link_ns_per_byte = _mixed(self._link_ns_per_byte, took_ns / link_bytes)
 
