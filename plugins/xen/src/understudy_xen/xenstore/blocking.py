@@ -43,6 +43,8 @@ class BlockingStore:
     def __init__(self, place: Path | None = None, *, deadline_s: float = 5.0) -> None:
         self.deadline_s = deadline_s
         self._fd, self.place = open_fd(place)
+        self._incoming = select.poll()
+        self._incoming.register(self._fd, select.POLLIN)
         self._decoder = Decoder()
         self._req_id = 0
         self._told = False
@@ -170,7 +172,9 @@ class BlockingStore:
                 message = message[os.write(self._fd, message) :]
             except BlockingIOError:
                 left = until - time.monotonic()
-                if left <= 0 or not _poll(self._fd, select.POLLOUT, left):
+                outgoing = select.poll()
+                outgoing.register(self._fd, select.POLLOUT)
+                if left <= 0 or not outgoing.poll(left * 1000):
                     raise XenStoreSilent(f"xenstored does not take {what}") from None
             except OSError as error:
                 raise XenStoreLost(f"{what}: xenstored is gone: {error.strerror or error}") from error
@@ -190,7 +194,7 @@ class BlockingStore:
         return found
 
     def _come(self, timeout_s: float) -> bool:
-        return _poll(self._fd, select.POLLIN, timeout_s)
+        return bool(self._incoming.poll(timeout_s * 1000))
 
     def _receive(self, what: str) -> list[Message]:
         try:
@@ -206,9 +210,3 @@ class BlockingStore:
     def _keep(self, message: Message) -> None:
         # An answer to what was posted is nobody's.
         self._told = self._told or message.op == Op.WATCH_EVENT
-
-
-def _poll(fd: int, events: int, timeout_s: float) -> bool:
-    waiting = select.poll()
-    waiting.register(fd, events)
-    return bool(waiting.poll(timeout_s * 1000))
