@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from tests.testbeds.bed import need
 from tests.testbeds.kernel.machine import KernelDied, missing_for_kernel
 from tests.testbeds.kernel.pair import Host, Pair
+from tests.testbeds.racing import RACER, new_seed, newest, read, ready
 from tests.testbeds.rounds import rounds
-from understudy.arbiter_directory import DirectoryArbiter
 
-RACER = Path(__file__).with_name("racer.py")
 RACERS = 2  # in each kernel
 SWAPS = rounds(60, 2000)  # of each racer
 
@@ -32,9 +28,7 @@ async def pair() -> AsyncIterator[Pair]:
 
 @pytest.fixture
 def seed() -> int:
-    seed = int(os.environ.get("UNDERSTUDY_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
-    print(f"UNDERSTUDY_SEED={seed}")  # noqa: T201 - pytest shows it with a failure
-    return seed
+    return new_seed()
 
 
 def start(pair: Pair, host: Host, life: int, seed: int) -> list[asyncio.Task[str]]:
@@ -46,41 +40,12 @@ def start(pair: Pair, host: Host, life: int, seed: int) -> list[asyncio.Task[str
     return [asyncio.create_task(racer(number)) for number in range(RACERS)]
 
 
-async def ready(pair: Pair, names: int) -> None:
-    async with asyncio.timeout(60):
-        while len(list(pair.common.glob("ready-*"))) < names:  # noqa: ASYNC110 - a file tells nobody
-            await asyncio.sleep(0.02)
-
-
-def read(outputs: list[str]) -> tuple[dict[int, str], int]:
-    """Return who was told that it won which generation, and how many were told that they lost."""
-    winners: dict[int, str] = {}
-    lost = 0
-    for line in "".join(outputs).splitlines():
-        word, generation, attempt = line.split()
-        if word == "won":
-            assert winners.setdefault(int(generation), attempt) == attempt, f"two winners of {generation}"
-        else:
-            lost += 1
-    return winners, lost
-
-
-async def newest(pair: Pair, winners: dict[int, str]) -> int:
-    """Return the last generation, after checking that the records that are kept are those of the winners."""
-    kept = await DirectoryArbiter(pair.common / "arbiter").history("web")
-    assert [each.generation for each in kept] == list(range(kept[0].generation, kept[-1].generation + 1))
-    for record in kept:
-        assert winners.get(record.generation, record.attempt) == record.attempt
-    return kept[-1].generation
-
-
 @pytest.mark.timeout(rounds(120, 1700))
 async def test_one_winner_of_each_generation(pair: Pair, seed: int) -> None:
     racing = start(pair, pair.alpha, 0, seed) + start(pair, pair.beta, 0, seed + 100)
-    await ready(pair, len(racing))
-    (pair.common / "go").touch()
+    await ready(pair.common, len(racing))
     winners, lost = read(await asyncio.gather(*racing))
-    assert sorted(winners) == list(range(1, await newest(pair, winners) + 1))
+    assert sorted(winners) == list(range(1, await newest(pair.common, winners) + 1))
     assert len(winners) + lost == 2 * RACERS * SWAPS
     # Else there was no race: both kernels won, and somebody was beaten.
     assert {attempt.partition("-")[0] for attempt in winners.values()} == {"alpha", "beta"}
@@ -91,8 +56,7 @@ async def test_one_winner_of_each_generation(pair: Pair, seed: int) -> None:
 async def test_a_kernel_that_dies_in_the_race_takes_no_generation_along(pair: Pair, seed: int) -> None:
     dying = start(pair, pair.alpha, 0, seed)
     racing = start(pair, pair.beta, 0, seed + 100)
-    await ready(pair, 2 * RACERS)
-    (pair.common / "go").touch()
+    await ready(pair.common, 2 * RACERS)
     kept = pair.common / "arbiter" / "g-web"
     async with asyncio.timeout(60):
         while not (kept / f"{10:020d}.json").exists():  # noqa: ASYNC110 - a file tells nobody
@@ -105,5 +69,5 @@ async def test_a_kernel_that_dies_in_the_race_takes_no_generation_along(pair: Pa
     racing += start(pair, pair.alpha, 1, seed + 200)
     winners, _ = read(await asyncio.gather(*racing))
     # What the dead kernel won nobody was told: such generations have no winner here, but none has two.
-    assert set(winners) <= set(range(1, await newest(pair, winners) + 1))
+    assert set(winners) <= set(range(1, await newest(pair.common, winners) + 1))
     assert any(attempt.startswith("alpha-1") for attempt in winners.values())

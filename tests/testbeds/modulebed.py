@@ -1,4 +1,4 @@
-"""The machine that one module's tests share, with a pytest inside that runs them as they are named to it."""
+"""The machine that tests share, with a pytest inside that runs them as they are named to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NotPrepared(RuntimeError):
 
 @dataclass(frozen=True)
 class Bed:
-    """What must be known of a bed to run the tests of a module in it.
+    """What must be known of a bed to run tests in it.
 
     Args:
         name: of the bed and of the marker.
@@ -43,6 +43,8 @@ class Bed:
             its line.
         inside: returns the inner end.
         boot_s: deadline of boot, imports and collection.
+        shared: whether the tests of all modules share one machine.
+        plugins: the only plugins that pytest loads inside; all that are installed by default.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Bed:
     boot: Callable[[Sequence[str], Path, Mapping[str, str], Mapping[str, int]], tuple[BedMachine, Post]]
     inside: Callable[[], Post]
     boot_s: float
+    shared: bool = False
+    plugins: tuple[str, ...] | None = None
 
 
 class ModuleBed:
@@ -60,26 +64,30 @@ class ModuleBed:
     Args:
         bed: whose machine it is.
         config: of the outer pytest.
-        module: whose tests it shall run.
+        modules: whose tests it shall run.
         sizes: of the machine.
     """
 
-    def __init__(self, bed: Bed, config: pytest.Config, module: Path, sizes: Mapping[str, int]) -> None:
-        self.module = module
+    def __init__(
+        self, bed: Bed, config: pytest.Config, modules: Sequence[Path], sizes: Mapping[str, int]
+    ) -> None:
+        self.modules = modules
         self._bed = bed
         self._config = config
         self._busy = False
         kept = {key: value for key, value in os.environ.items() if key.startswith("UNDERSTUDY_")}
-        self.machine, self._post = bed.boot(
-            [sys.executable, "-m", "pytest", *self._arguments()],
-            config.rootpath,
-            {**kept, ORDERED: "1", "COVERAGE_FILE": "/run/coverage"},
-            sizes,
-        )
+        env = {**kept, ORDERED: "1", "COVERAGE_FILE": "/run/coverage"}
+        if bed.plugins is not None:
+            # Coverage comes first, else what is imported before it is not counted.
+            covered = ("pytest_cov.plugin",) if _coverage_arguments(config) else ()
+            env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+            env["PYTEST_PLUGINS"] = ",".join((*covered, *bed.plugins))
+        command = [sys.executable, "-m", "pytest", *self._arguments()]
+        self.machine, self._post = bed.boot(command, config.rootpath, env, sizes)
 
     def _arguments(self) -> list[str]:
         config = self._config
-        arguments = [str(self.module), f"--rootdir={config.rootpath}"]
+        arguments = [*map(str, self.modules), f"--rootdir={config.rootpath}"]
         arguments += ["-p", "no:cacheprovider", "-p", "no:xdist"]
         if config.inipath is not None:
             arguments += ["-c", str(config.inipath)]

@@ -1,11 +1,11 @@
 """What the pytest plugins of the beds have in common: tests marked for a bed run inside it and are reported here.
 
-A module's marked tests share one machine. Not one for the whole session: what a test leaves in a kernel (interfaces,
-modules, DRBD minors, domains) cannot be swept as reliably as by a new one, modules can be run in any order and by
-several workers, and each may ask for its own memory. Not one for each test: that would be seconds each. The tests are
-named to the inner pytest one at a time, with the one that follows, as pytest-xdist does it: so fixtures of modules
-work, ``-x``, ``-k`` and node ids mean what they always mean, and a test that takes its machine along costs no other its
-result. The next one gets a new machine.
+A module's marked tests share one machine. Not one for the whole session, except where booting takes too long: what a
+test leaves in a kernel (interfaces, modules, DRBD minors) cannot be swept as reliably as by a new one, modules
+can be run in any order and by several workers, and each may ask for its own memory. Not one for each test: that would
+be seconds each. The tests are named to the inner pytest one at a time, with the one that follows, as pytest-xdist does
+it: so fixtures of modules work, ``-x``, ``-k`` and node ids mean what they always mean, and a test that takes its
+machine along costs no other its result. The next one gets a new machine.
 
 What needs the network, or is to be kept for the next run, is done outside before the machine is booted: by the function
 that the marker names, as in ``kernel(outside=build)``.
@@ -55,9 +55,7 @@ class Outside:
         """Run a marked test inside; let pytest do as ever where the bed is missing, which skips it."""
         if not self._is_ours(item) or self._kind.missing():
             return None
-        following = nextitem
-        if nextitem is None or not self._is_ours(nextitem) or nextitem.path != item.path:
-            following = None
+        following = self._following(item, nextitem)
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self._reports(item, following):
@@ -110,14 +108,26 @@ class Outside:
             if phase != "teardown":
                 yield _failure(item, "teardown", None, 0.0)
 
+    def _following(self, item: pytest.Item, nextitem: pytest.Item | None) -> pytest.Item | None:
+        # The next test that this machine runs. A shared one may have to wait meanwhile.
+        if not self._kind.shared:
+            ours = nextitem is not None and self._is_ours(nextitem) and nextitem.path == item.path
+            return nextitem if ours else None
+        left = item.session.items[item.session.items.index(item) + 1 :]
+        return next((each for each in left if self._is_ours(each)), None) if nextitem else None
+
     def _bed_for(self, item: pytest.Item) -> ModuleBed:
         if item.path in self._broken:
             raise self._broken[item.path]
-        if self._bed is not None and self._bed.module != item.path:
+        if self._bed is not None and item.path not in self._bed.modules:
             self._close()
         if self._bed is None:
-            found = (self._mark(each) for each in item.session.items if each.path == item.path)
-            marks = [mark for mark in found if mark is not None]
+            ours = [
+                each
+                for each in item.session.items
+                if self._is_ours(each) and (self._kind.shared or each.path == item.path)
+            ]
+            marks = [mark for mark in map(self._mark, ours) if mark is not None]
             try:
                 for prepare in {mark.kwargs["outside"] for mark in marks if "outside" in mark.kwargs}:
                     _prepare(prepare)
@@ -125,7 +135,8 @@ class Outside:
                     name: max(mark.kwargs.get(name, usual) for mark in marks)
                     for name, usual in self._kind.sizes.items()
                 }
-                self._bed = ModuleBed(self._kind, self._config, item.path, sizes)
+                modules = list(dict.fromkeys(each.path for each in ours))
+                self._bed = ModuleBed(self._kind, self._config, modules, sizes)
                 self._bed.ready()
             except FAILURES as problem:
                 self._broken[item.path] = problem

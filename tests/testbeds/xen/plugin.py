@@ -1,6 +1,8 @@
 """The pytest plugin of the Xen bed: tests marked ``xen(inside=True)`` run in a dom0; see `tests.testbeds.plugin`.
 
-Tests marked ``xen`` without it run outside, on hosts of their own: they are only skipped where there is no bed.
+Those of all modules share one dom0: a boot and the imports of pytest take 40 s of CPU. Whoever makes domains and
+interfaces there removes them. Tests marked ``xen`` without it run outside, on hosts of their own: they are only skipped
+where there is no bed.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ XEN: Final = Bed(
     sizes={"memory_mib": MEMORY_MIB, "dom0_mib": DOM0_MIB},
     boot=_boot,
     inside=inside,
-    boot_s=240.0,  # 15 s on an idle machine
+    boot_s=240.0,  # 30 s on an idle machine
+    shared=True,
+    # Looking for plugins takes a third of the time; these are those that a test can tell from their absence.
+    plugins=("pytest_asyncio.plugin", "pytest_timeout"),
 )
 
 
