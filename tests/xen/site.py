@@ -113,10 +113,12 @@ class XenSite:
         """Run `understudy` on a host."""
         return await place.run("understudy", *words, check=check, timeout_s=timeout_s)
 
-    async def status(self, place: XenPlace, guest: str = "web") -> dict[str, Any]:
-        """Return what `understudy status` says, as JSON."""
+    async def row(self, place: XenPlace, guest: str = "web") -> dict[str, Any]:
+        """Return what `understudy status` on a host says of the guest there: one row of its table."""
         answer = await self.ask(place, "status", guest, "--format", "json")
-        return dict(json.loads(answer.output))
+        rows = [row for row in json.loads(answer.output)["guests"] if row["host"] == place.name]
+        assert len(rows) == 1, answer.output
+        return dict(rows[0])
 
     async def protect(self, place: XenPlace, guest: str = "web", *more: str) -> dict[str, Any]:
         """Protect a guest, and return what the command says."""
