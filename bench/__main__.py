@@ -20,6 +20,7 @@ NAMES = (
     "phases",
     "barrier",
     "thin",
+    "xen_stream",
     "agents",
     "overhead",
     "pause",

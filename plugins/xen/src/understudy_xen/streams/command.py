@@ -14,9 +14,7 @@ from understudy_xen.streams.errors import StreamError
 from understudy_xen.streams.formats import Form
 from understudy_xen.streams.inspector import Inspector
 from understudy_xen.streams.report import (
-    JsonReport,
     ProgressLine,
-    TextReport,
     facts_of,
     fault_of,
     sentence_of,
@@ -76,6 +74,8 @@ def inspect(file: str, form: str | None, output: str, *, checkpoints: bool) -> N
 
     PAGE_DATA records that follow each other are shown as one line.
     """
+    from understudy_xen.streams.tables import JsonReport, TextReport  # noqa: PLC0415 - as above
+
     inspector = Inspector(_form(form))
     report = (
         JsonReport(lambda text: click.echo(text, nl=False), records=not checkpoints)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from understudy.errors import UnderstudyError
 from understudy_xen.streams.framer import Framer
 from understudy_xen.streams.frames import Frame
 
+if TYPE_CHECKING:
+    from gzip import GzipFile
+
+    _File = io.BufferedReader | GzipFile
+
 __all__ = ["STDIN", "Progress", "Source", "SourceError"]
 
 STDIN: Final = "-"
 _GZIP: Final = b"\x1f\x8b"
-_LEAST_BYTES: Final = 64 << 10  # the pfns of a PAGE_DATA record and not many of its pages
+_LEAST_BYTES: Final = 16 << 10  # the pfns of a PAGE_DATA record and not many of its pages
 _MOST_BYTES: Final = 1 << 20
-
-_File = io.BufferedReader | gzip.GzipFile
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes of the input have been passed and how many there are; 0 if that is not known."""
@@ -56,10 +58,10 @@ class Source:
             SourceError: It cannot be read.
         """
         with self._opened() as file:
-            if isinstance(file, gzip.GzipFile) or not _is_regular(file):
-                yield from self._fed(file, framer, progress)
-            else:
+            if isinstance(file, io.BufferedReader) and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 yield from self._sought(file, framer, progress)
+            else:
+                yield from self._fed(file, framer, progress)
         framer.finish()
 
     def parts(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
@@ -90,7 +92,7 @@ class Source:
         try:
             with (
                 open(0 if self.name == STDIN else self.name, "rb", closefd=self.name != STDIN) as file,
-                gzip.GzipFile(fileobj=file) if file.peek(2).startswith(_GZIP) else nullcontext(file) as plain,
+                _expanded(file) if file.peek(2).startswith(_GZIP) else nullcontext(file) as plain,
             ):
                 yield plain
         except (EOFError, zlib.error) as error:
@@ -128,5 +130,7 @@ class Source:
         self.trailing_bytes = max(0, total - framer.offset) if framer.ended else 0
 
 
-def _is_regular(file: _File) -> bool:
-    return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+def _expanded(file: io.BufferedReader) -> GzipFile:
+    from gzip import GzipFile  # noqa: PLC0415 - takes its time, and most streams are not compressed
+
+    return GzipFile(fileobj=file)
