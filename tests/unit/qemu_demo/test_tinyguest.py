@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
@@ -162,6 +163,39 @@ def test_old_package_lists_are_renewed(
         tinyguest._kernel(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert (tinyguest._kernel(tmp_path) / "vmlinuz").exists()
+
+
+@pytest.fixture
+def asked(fake_apt: Path, tmp_path: Path) -> Path:
+    """What apt was asked, a word a line; the guest can be built."""
+    fake_dpkg(fake_apt, " ".join(tinyguest.MODULES))
+    program(fake_apt / "gcc", ': > "$4"')
+    words = tmp_path / "asked"
+    script = (fake_apt / "apt-cache").read_text()
+    (fake_apt / "apt-cache").write_text(script.replace("\n", f'\necho "$1" >>{words}\n', 1))
+    return words
+
+
+def test_a_process_asks_apt_once(asked: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    made = tinyguest._build_guest(cache)
+    assert tinyguest._build_guest(cache) == made
+    assert asked.read_text().split() == ["depends", "show"]
+    made.initrd.parent.rename(tmp_path / "away")
+    assert tinyguest._build_guest(cache).initrd.exists()
+    assert asked.read_text().split() == ["depends", "show"] * 2
+
+
+def test_one_process_at_a_time_asks_apt(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with (cache / ".lock").open("w") as other, monkeypatch.context() as patched:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        patched.setattr(tinyguest, "_OTHERS_S", 0.0)
+        with pytest.raises(GuestBuildFailed, match="another process has been building"):
+            tinyguest._build_guest(cache)
+        assert not asked.exists()
+    assert tinyguest._build_guest(cache).kernel.exists()
 
 
 def test_an_unknown_kernel_package_is_said(fake_apt: Path) -> None:

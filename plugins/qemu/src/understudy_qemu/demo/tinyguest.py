@@ -7,6 +7,7 @@ The result lies in a cache directory under a name made from everything that went
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import lzma
 import os
@@ -14,7 +15,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -40,6 +43,10 @@ MODULES = (
 _BUSYBOX = Path("/bin/busybox")
 _DOWNLOAD_S = 300.0
 _LOCAL_S = 60.0
+_OTHERS_S = 2 * _DOWNLOAD_S + _LOCAL_S  # lists, package, the rest
+
+#: What this process has got, by cache.
+_built: dict[Path, TinyGuest] = {}
 
 _Build = Callable[[Path], None]
 
@@ -98,18 +105,46 @@ async def build_guest(cache: Path | None = None) -> TinyGuest:
         cache: directory, made when missing; :func:`default_cache` by default.
 
     Raises:
-        GuestBuildFailed: a program or package is missing, or the download failed.
+        GuestBuildFailed: a program or package is missing, the download failed, or another process
+            has been building for so long that it cannot be well.
 
     Guarantees:
-        What is returned is complete, also when several processes build at once: each builds in a
-        directory of its own and renames it into place. Nothing half-built stays behind; after a
-        cancellation the step under way still ends by itself and cleans up.
+        What is returned is complete, also when several processes build at once: one asks apt and
+        builds, in a directory that it renames into place, and the others wait for it. Nothing
+        half-built stays behind; after a cancellation the step under way still ends by itself and
+        cleans up. A process asks apt once which kernel is the newest: that takes a second.
     """
     return await asyncio.to_thread(_build_guest, cache or default_cache())
 
 
 def _build_guest(cache: Path) -> TinyGuest:
-    cache.mkdir(parents=True, exist_ok=True)
+    known = _built.get(cache)
+    if known is None or not (known.kernel.exists() and known.initrd.exists()):
+        cache.mkdir(parents=True, exist_ok=True)
+        with _alone_in(cache):
+            known = _built[cache] = _look_up_or_build(cache)
+    return known
+
+
+@contextmanager
+def _alone_in(cache: Path) -> Iterator[None]:
+    # apt-get update fails where another one is running, instead of waiting for it.
+    deadline = time.monotonic() + _OTHERS_S
+    with (cache / ".lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise GuestBuildFailed(
+                        f"another process has been building the guest in {cache} for {_OTHERS_S:g} s; end it"
+                    ) from None
+            time.sleep(0.05)
+        yield
+
+
+def _look_up_or_build(cache: Path) -> TinyGuest:
     for program, package in (("gcc", "gcc and libc6-dev"), ("apt-get", "apt"), ("dpkg", "dpkg")):
         if shutil.which(program) is None:
             raise GuestBuildFailed(f"{program} is missing; install {package}")
