@@ -129,6 +129,12 @@ WRONG: dict[str, tuple[bytes, bytes, int, str]] = {
     "emulator unknown in a checkpoint": (CHECKPOINT, raw(3, b"\3" + bytes(7)), 8, "emulator 0x3"),
     "xenstore without a NUL": (AFTER, raw(2, bytes(8) + b"key\0value"), 24, "no NUL"),
     "xenstore odd": (AFTER, raw(2, bytes(8) + b"key\0"), 16, "1 strings"),
+    "xenstore too long": (
+        AFTER,
+        pack("<II", 2, (1 << 20) + 1) + bytes(8) + b"k\0v\0" * (1 << 18),
+        8,
+        "at most 1048576",
+    ),
     "state unknown": (remus(), raw(5, b"\4\0\0\0"), 8, "state 0x4"),
     "PV width": (libxc_headers(GuestType.X86_PV), raw(2, b"\x08\x03" + bytes(6)), 8, "width 8 with 3"),
     "PV info reserved": (libxc_headers(GuestType.X86_PV), raw(2, b"\x08\x04\1" + bytes(5)), 10, "reserved"),
@@ -217,6 +223,14 @@ def test_remarks() -> None:
     many = Verifier()
     many.feed(HVM + raw(0x80000005, b"x") * 50)
     assert len(many.remarks) == 20
+
+
+def test_what_a_converter_made_is_remarked() -> None:
+    verifier = Verifier()
+    verifier.feed(libxc_headers(GuestType.X86_HVM, xen=(0, 1)))
+    assert [remark.split(": ", 1)[1] for remark in verifier.remarks] == [
+        "libxc headers are a converter's: the stream was made from one of Xen 4.5 or older"
+    ]
 
 
 def test_empty_vcpu_parts_of_old_xen_are_only_remarked() -> None:

@@ -23,6 +23,7 @@ _EMULATORS: Final = (0, 1, 2)
 _STATES: Final = (0, 1, 2, 3)
 _STATE_BYTES: Final = 4
 _STATE_SPECIFIED_BYTES: Final = 8
+_XENSTORE_MOST: Final = 1 << 20
 
 
 class Emulator(IntEnum):
@@ -86,10 +87,13 @@ class EmulatorContext:
 
 @dataclass(frozen=True, slots=True)
 class EmulatorXenstoreData:
-    """Xenstore keys of a device model, relative to its place in the store, and their values."""
+    """Xenstore keys of a device model, relative to its place in the store, and their values.
+
+    At most 1 MiB of them is read: libxl sends three short keys for each piece of memory that the device model has.
+    """
 
     kind: ClassVar = LibxlType.EMULATOR_XENSTORE_DATA
-    head_bytes: ClassVar[int | None] = None
+    head_bytes: ClassVar[int | None] = _XENSTORE_MOST
 
     pairs: tuple[tuple[bytes, bytes], ...]
     emulator: Emulator = Emulator.QEMU_UPSTREAM
@@ -101,8 +105,10 @@ class EmulatorXenstoreData:
         return (PAIR.of(byteorder).pack(self.emulator, self.index), strings)
 
     @classmethod
-    def check(cls, head: Buffer, length: int, byteorder: ByteOrder) -> None:  # noqa: ARG003 - as the others
-        """Raise what is wrong with this body."""
+    def check(cls, head: Buffer, length: int, byteorder: ByteOrder) -> None:
+        """Raise what is wrong with a body of `length` bytes that begins with `head`."""
+        if length > _XENSTORE_MOST:
+            raise BodyError(f"the body has {length} bytes", allowed=f"at most {_XENSTORE_MOST}")
         cls.unpack(memoryview(head), byteorder)
 
     @classmethod
@@ -112,22 +118,21 @@ class EmulatorXenstoreData:
         Raises:
             BodyError: It is wrong.
         """
+        if len(body) > _XENSTORE_MOST:
+            raise BodyError(f"the body has {len(body)} bytes", allowed=f"at most {_XENSTORE_MOST}")
         emulator, index = _emulator(body, byteorder)
         if len(body) == PAIR.size:
             return cls((), emulator, index)
         if body[-1]:
             raise BodyError("the last string has no NUL at its end", at=len(body) - 1)
-        strings = bytes(body[8:-1]).split(b"\0")
+        strings = bytes(body[PAIR.size : -1]).split(b"\0")
         if len(strings) % 2:
-            raise BodyError(f"{len(strings)} strings are not pairs of key and value", at=8)
+            raise BodyError(f"{len(strings)} strings are not pairs of key and value", at=PAIR.size)
         keys = strings[::2]
         for key in keys:
             if not _KEY.fullmatch(key) or key.startswith(b"/"):
-                raise BodyError(
-                    f"{key[:80]!r} is no relative xenstore key",
-                    at=8,
-                    allowed="letters, digits and -/_@, no / in front",
-                )
+                problem = f"{key[:80]!r} is no relative xenstore key"
+                raise BodyError(problem, at=PAIR.size, allowed="letters, digits and -/_@, no / in front")
         return cls(tuple(zip(keys, strings[1::2], strict=True)), emulator, index)
 
 
@@ -139,7 +144,7 @@ class CheckpointState:
     """
 
     kind: ClassVar = LibxlType.CHECKPOINT_STATE
-    head_bytes: ClassVar[int | None] = None
+    head_bytes: ClassVar[int | None] = _STATE_SPECIFIED_BYTES
 
     state: ColoState
 
@@ -148,9 +153,17 @@ class CheckpointState:
         return (self.state.to_bytes(_STATE_BYTES, byteorder),)
 
     @classmethod
-    def check(cls, head: Buffer, length: int, byteorder: ByteOrder) -> None:  # noqa: ARG003 - as the others
-        """Raise what is wrong with this body."""
-        cls.unpack(memoryview(head), byteorder)
+    def check(cls, head: Buffer, length: int, byteorder: ByteOrder) -> None:
+        """Raise what is wrong with a body of `length` bytes that begins with `head`."""
+        if length not in {_STATE_BYTES, _STATE_SPECIFIED_BYTES}:
+            raise BodyError(f"the body has {length} bytes", allowed="4 or 8")
+        state = int.from_bytes(head[:_STATE_BYTES], byteorder)
+        if state not in _STATES:
+            raise BodyError(
+                f"state {state:#x} is not known", allowed="0 (new), 1 (suspended), 2 (ready), 3 (resumed)"
+            )
+        if any(head[_STATE_BYTES:]):
+            raise BodyError("reserved bytes are not zero", at=_STATE_BYTES, allowed="zero")
 
     @classmethod
     def unpack(cls, body: memoryview, byteorder: ByteOrder) -> Self:
@@ -159,13 +172,5 @@ class CheckpointState:
         Raises:
             BodyError: It is wrong.
         """
-        if len(body) not in {_STATE_BYTES, _STATE_SPECIFIED_BYTES}:
-            raise BodyError(f"the body has {len(body)} bytes", allowed="4 or 8")
-        state = int.from_bytes(body[:_STATE_BYTES], byteorder)
-        if state not in _STATES:
-            raise BodyError(
-                f"state {state:#x} is not known", allowed="0 (new), 1 (suspended), 2 (ready), 3 (resumed)"
-            )
-        if any(body[_STATE_BYTES:]):
-            raise BodyError("reserved bytes are not zero", at=_STATE_BYTES, allowed="zero")
-        return cls(ColoState(state))
+        cls.check(body, len(body), byteorder)
+        return cls(ColoState(int.from_bytes(body[:_STATE_BYTES], byteorder)))

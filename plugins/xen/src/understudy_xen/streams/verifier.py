@@ -182,3 +182,5 @@ class Verifier(Framer):
     def _check_reserved(self, *fields: int) -> None:
         if any(fields):
             self._fail("have reserved fields that are not zero", allowed="zero")
+        if self.libxc is not None and not self.libxc.xen[0]:
+            self._remark("are a converter's: the stream was made from one of Xen 4.5 or older")

@@ -34,7 +34,9 @@ from understudy_xen.streams.libxl import EmulatorContext, EmulatorXenstoreData
 
 __all__ = [
     "Body",
+    "abandonment",
     "checkpoint",
+    "ending",
     "joined",
     "libxc_headers",
     "libxl_header",
@@ -49,6 +51,7 @@ _IMAGE_HEADER: Final = Struct(">8sIIHHI")
 _DOMAIN_HEADER: Final = {"little": Struct("<IHHII"), "big": Struct(">IHHII")}
 _PADDING: Final = tuple(bytes(count) for count in range(8))
 _LIBXL_LEGACY: Final = 2
+_UNKNOWN_MANDATORY: Final = 0x7FFFFFFF  # the last type that no specification has given away
 
 
 class Body(Protocol):
@@ -128,12 +131,50 @@ def checkpoint(
 
     Source: tools/libs/light/libxl_stream_write.c (libxl__stream_write_start_checkpoint).
     """
+    return _emulator(context, xenstore, byteorder) + record(LibxlType.CHECKPOINT_END, byteorder)
+
+
+def ending(
+    context: EmulatorContext | None = None,
+    xenstore: EmulatorXenstoreData | None = None,
+    byteorder: ByteOrder = "little",
+) -> list[Buffer]:
+    """Write libxl's part of a stream without checkpoints, which follows libxc's END record and ends the stream.
+
+    Args:
+        context: State of the device model, for an HVM guest.
+        xenstore: Its keys, if it has any.
+        byteorder: Of the libxl layer.
+
+    Source: tools/libs/light/libxl_stream_write.c (emulator_xenstore_record_done, emulator_context_record_done).
+    """
+    return _emulator(context, xenstore, byteorder) + record(LibxlType.END, byteorder)
+
+
+def abandonment() -> bytes:
+    """Write what ends a Remus stream between two checkpoints so that a stock receiver drops its copy.
+
+    The end of such a stream, wherever it is, is a stock receiver's takeover. But a record that must be understood and
+    is not, makes its restore fail, and a domain whose restore fails is destroyed. It is looked at when its checkpoint
+    is whole, so it comes as one.
+
+    Source: tools/libs/guest/xg_sr_restore.c (restore, handle_checkpoint) of Xen 4.17;
+        docs/specs/libxc-migration-stream.pandoc (Record: a type below 0x80000000 is mandatory).
+    """
+    return joined(
+        [*raw_record(_UNKNOWN_MANDATORY), *record(LibxcType.CHECKPOINT), *record(LibxlType.CHECKPOINT_END)]
+    )
+
+
+def _emulator(
+    context: EmulatorContext | None, xenstore: EmulatorXenstoreData | None, byteorder: ByteOrder
+) -> list[Buffer]:
     buffers: list[Buffer] = []
     if xenstore is not None and xenstore.pairs:
         buffers += record(xenstore, byteorder)
     if context is not None:
         buffers += record(context, byteorder)
-    return buffers + record(LibxlType.CHECKPOINT_END, byteorder)
+    return buffers
 
 
 def joined(buffers: Iterable[Buffer]) -> bytes:
