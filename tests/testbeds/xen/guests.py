@@ -70,7 +70,8 @@ def linux(
     """
     console = "hvc0" if kind == "pvh" else "ttyS0"
     settings: dict[str, Any] = {
-        "kernel": "/guest/vmlinux",
+        # QEMU's own loader of an HVM guest knows no ELF with a ramdisk.
+        "kernel": "/guest/vmlinux" if kind == "pvh" else "/guest/vmlinuz",
         "ramdisk": "/guest/initrd",
         "cmdline": f"console={console} quiet loglevel=3 address={address} dirty={dirty_kib} {arguments}".strip(),
         "vif": [str(nic) for nic in nics],
