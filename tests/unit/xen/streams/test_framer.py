@@ -287,6 +287,11 @@ WRONG: dict[str, tuple[bytes, bytes, str]] = {
     "END in a checkpoint": (HVM + XC_CHECKPOINT, XL_END, "inside a checkpoint"),
     "LIBXC_CONTEXT in a checkpoint": (HVM + XC_CHECKPOINT, LIBXC_CONTEXT, "inside a checkpoint"),
     "CHECKPOINT_STATE in a checkpoint": (HVM + XC_CHECKPOINT, NEW, "inside a checkpoint"),
+    "CHECKPOINT_STATE twice": (
+        remus() + NEW,
+        NEW,
+        "guest of type",
+    ),  # the second one is libxc's to understand
     "a context after a checkpoint": (
         remus(),
         joined(record(EmulatorContext(b"x"))),

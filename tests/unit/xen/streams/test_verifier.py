@@ -135,6 +135,7 @@ WRONG: dict[str, tuple[bytes, bytes, int, str]] = {
         8,
         "at most 1048576",
     ),
+    "a secondary's state": (remus(), raw(5, b"\2\0\0\0"), 8, "only a secondary"),
     "state unknown": (remus(), raw(5, b"\4\0\0\0"), 8, "state 0x4"),
     "PV width": (libxc_headers(GuestType.X86_PV), raw(2, b"\x08\x03" + bytes(6)), 8, "width 8 with 3"),
     "PV info reserved": (libxc_headers(GuestType.X86_PV), raw(2, b"\x08\x04\1" + bytes(5)), 10, "reserved"),

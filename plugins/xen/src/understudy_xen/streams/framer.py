@@ -21,31 +21,22 @@ tools/libs/light/libxl_stream_read.c (stream_continue), libxl_colo_save.c (CHECK
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from struct import Struct
-from typing import Final, NoReturn
+from collections.abc import Callable, Generator
+from typing import Final, NoReturn, ParamSpec, TypeVar
 
 from understudy_xen.streams.cursor import Buffer, Cursor, Steps
-from understudy_xen.streams.errors import StreamCut, StreamError
+from understudy_xen.streams.errors import BodyError, StreamCut, StreamError
 from understudy_xen.streams.formats import (
     HEADER,
     LIBXC_HEADERS_BYTES,
-    LIBXC_ID,
     LIBXC_MARKER,
-    LIBXC_VERSIONS,
     LIBXL_HEADER_BYTES,
     LIBXL_IDENT,
-    LIBXL_VERSION,
-    PAGE_SHIFT,
     RECORD_HEADER_BYTES,
-    XL_BYTEORDER,
-    XL_FLAG_JSON,
-    XL_FLAG_STREAM_V2,
     XL_MAGIC,
     XL_PREAMBLE_BYTES,
     ByteOrder,
     Form,
-    GuestType,
     Layer,
     LibxcType,
     LibxlType,
@@ -54,21 +45,16 @@ from understudy_xen.streams.formats import (
     record_header,
     record_name,
 )
-from understudy_xen.streams.frames import Frame, LibxcHeaders, LibxlHeader, Preamble
+from understudy_xen.streams.frames import Frame
+from understudy_xen.streams.heads import LibxcHeaders, LibxlHeader, Preamble, PreambleNumbers
 from understudy_xen.streams.order import LibxcOrder, LibxlOrder
 
 __all__ = ["Framer"]
 
-_PREAMBLE: Final = {"little": Struct("<IIII"), "big": Struct(">IIII")}
-_LIBXL_HEADER: Final = Struct(">8sII")
-_IMAGE_HEADER: Final = Struct(">8sIIHHI")
-_DOMAIN_HEADER: Final = {"little": Struct("<IHHII"), "big": Struct(">IHHII")}
-_XL_FLAGS: Final = XL_FLAG_JSON | XL_FLAG_STREAM_V2
-_LIBXL_BIG_ENDIAN: Final = 1
-_LIBXL_LEGACY: Final = 2
-_LIBXC_BIG_ENDIAN: Final = 1
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _DETECT_BYTES: Final = 8
-_GUESTS: Final = frozenset(int(guest) for guest in GuestType)
 _STATE_BYTES: Final = (4, 8)  # libxl's own length of CHECKPOINT_STATE, and the specification's
 
 _BEGINNINGS: Final = {XL_MAGIC[:_DETECT_BYTES]: Form.XL, LIBXL_IDENT: Form.LIBXL, LIBXC_MARKER: Form.LIBXC}
@@ -210,6 +196,12 @@ class Framer:
             allowed=allowed,
         )
 
+    def _unpacked(self, unpack: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> T:
+        try:
+            return unpack(*arguments, **more)
+        except BodyError as error:
+            self._fail(error.problem, at=self._start + error.at, allowed=error.allowed)
+
     @property
     def _record(self) -> str:
         return "record header" if self._kind is None else record_name(self._layer, self._kind)
@@ -241,56 +233,21 @@ class Framer:
 
     def _preamble(self, head: bytes) -> Steps:
         head += yield XL_PREAMBLE_BYTES - len(head)
-        if not head.startswith(XL_MAGIC):
-            self._fail("has the wrong magic", allowed=repr(XL_MAGIC))
-        numbers = head[len(XL_MAGIC) :]
-        byteorder = _byteorder(numbers)
-        if byteorder is None:
-            self._fail(
-                f"has the byte order mark {numbers[:4].hex()}",
-                at=len(XL_MAGIC),
-                allowed="01020304 or 04030201",
-            )
-        _, mandatory, optional, data_bytes = _PREAMBLE[byteorder].unpack(numbers)
-        if mandatory & ~_XL_FLAGS:
-            self._fail(
-                f"has mandatory flags {mandatory:#x}", at=len(XL_MAGIC) + 4, allowed=f"of {_XL_FLAGS:#x}"
-            )
-        if not mandatory & XL_FLAG_STREAM_V2:
-            self._fail(
-                "announces a stream of the format before Xen 4.6", at=len(XL_MAGIC) + 4, allowed="flag 0x2"
-            )
-        if data_bytes > self.limits.config_bytes:
-            self._fail(
-                f"claims {data_bytes} bytes of optional data",
-                at=44,
-                allowed=f"{self.limits.config_bytes} bytes",
-            )
-        data = (yield data_bytes) if data_bytes else b""
-        config_bytes = int.from_bytes(data[:4], byteorder)
-        if data and config_bytes > data_bytes - 4:
-            self._fail(
-                f"claims {config_bytes} bytes of configuration",
-                at=XL_PREAMBLE_BYTES,
-                allowed=f"{data_bytes - 4}",
-            )
-        self.preamble = Preamble(byteorder, mandatory, optional, data[4 : 4 + config_bytes])
-        self._check_preamble(self.preamble)
-        self._whole(XL_PREAMBLE_BYTES + data_bytes)
+        numbers = self._unpacked(PreambleNumbers.unpack, head)
+        if numbers.data_bytes > self.limits.config_bytes:
+            claim = f"claims {numbers.data_bytes} bytes of optional data"
+            self._fail(claim, at=XL_PREAMBLE_BYTES - 4, allowed=f"{self.limits.config_bytes} bytes")
+        data = (yield numbers.data_bytes) if numbers.data_bytes else b""
+        self.preamble = self._unpacked(Preamble.of, numbers, data)
+        self._note_preamble(self.preamble)
+        self._whole(XL_PREAMBLE_BYTES + numbers.data_bytes)
 
     def _libxl_stream(self, head: bytes) -> Steps:
         self._begin(Layer.LIBXL, HEADER, self._cursor.offset - len(head))
         head += yield LIBXL_HEADER_BYTES - len(head)
-        ident, version, options = _LIBXL_HEADER.unpack(head)
-        if ident != LIBXL_IDENT:
-            self._fail(f"begins with {ident!r}", allowed=repr(LIBXL_IDENT))
-        if version != LIBXL_VERSION:
-            self._fail(f"has version {version}", at=self._start + 8, allowed=str(LIBXL_VERSION))
-        if options & ~(_LIBXL_BIG_ENDIAN | _LIBXL_LEGACY):
-            self._fail(f"has options {options:#x}", at=self._start + 12, allowed="of 0x3")
-        byteorder: ByteOrder = "big" if options & _LIBXL_BIG_ENDIAN else "little"
-        self.libxl = LibxlHeader(byteorder, bool(options & _LIBXL_LEGACY))
+        self.libxl = self._unpacked(LibxlHeader.unpack, head)
         self._whole(LIBXL_HEADER_BYTES)
+        byteorder = self.libxl.byteorder
         unpack = record_header(byteorder).unpack
         order = LibxlOrder()
         libxc: LibxcOrder | None = None
@@ -298,7 +255,8 @@ class Framer:
             self._begin(Layer.LIBXL, None, self._cursor.offset)
             header = yield RECORD_HEADER_BYTES
             kind, length = unpack(header)
-            if order.libxc_may_go_on and not (kind == LibxlType.CHECKPOINT_STATE and length in _STATE_BYTES):
+            is_state = order.state_may_come and kind == LibxlType.CHECKPOINT_STATE and length in _STATE_BYTES
+            if order.libxc_may_go_on and not is_state:
                 # Between the two layers only this tells them apart: the same number in libxc is a part of a PV vcpu
                 # that never comes first, and never with so little in it.
                 assert libxc is not None  # noqa: S101 - it has been left with a CHECKPOINT
@@ -324,27 +282,10 @@ class Framer:
     def _libxc_headers(self, head: bytes) -> Generator[int, bytes, LibxcOrder]:
         self._begin(Layer.LIBXC, HEADER, self._cursor.offset - len(head))
         head += yield LIBXC_HEADERS_BYTES - len(head)
-        marker, ident, version, options, reserved, more_reserved = _IMAGE_HEADER.unpack_from(head)
-        if marker != LIBXC_MARKER or ident != LIBXC_ID:
-            self._fail(f"begin with {head[:12].hex()}", allowed=f"{LIBXC_MARKER.hex()}{LIBXC_ID:x}")
-        if version not in LIBXC_VERSIONS:
-            self._fail(f"have version {version}", at=self._start + 12, allowed="2, 3")
-        if options & ~_LIBXC_BIG_ENDIAN:
-            self._fail(f"have options {options:#x}", at=self._start + 16, allowed="of 0x1")
-        byteorder: ByteOrder = "big" if options & _LIBXC_BIG_ENDIAN else "little"
-        kind, shift, reserved_too, major, minor = _DOMAIN_HEADER[byteorder].unpack_from(
-            head, _IMAGE_HEADER.size
-        )
-        if kind not in _GUESTS:
-            self._fail(
-                f"are for a guest of type {kind:#x}", at=self._start + 24, allowed="1 (x86 PV), 2 (x86 HVM)"
-            )
-        if shift != PAGE_SHIFT:
-            self._fail(f"have page shift {shift}", at=self._start + 28, allowed=str(PAGE_SHIFT))
-        self.libxc = LibxcHeaders(byteorder, version, GuestType(kind), (major, minor))
-        self._check_reserved(reserved, more_reserved, reserved_too)
+        self.libxc = self._unpacked(LibxcHeaders.unpack, head)
+        self._note_libxc(self.libxc)
         self._whole(LIBXC_HEADERS_BYTES)
-        return LibxcOrder(version, self.libxc.guest)
+        return LibxcOrder(self.libxc.version, self.libxc.guest)
 
     def _libxc_records(self, order: LibxcOrder, header: bytes) -> Generator[int, bytes, LibxcType]:
         assert self.libxc is not None  # noqa: S101 - its headers come first
@@ -380,17 +321,12 @@ class Framer:
         if length:
             yield -padded(length)
 
-    def _check_preamble(self, preamble: Preamble) -> None:
+    def _note_preamble(self, preamble: Preamble) -> None:
         """Look at what ``xl`` put in front."""
 
-    def _check_reserved(self, *fields: int) -> None:
-        """Look at reserved fields of libxc's headers."""
+    def _note_libxc(self, headers: LibxcHeaders) -> None:
+        """Look at libxc's headers."""
 
 
 def _beginnings(form: Form | None) -> str:
     return ", ".join(repr(head) for head, its in _BEGINNINGS.items() if form in {None, its})
-
-
-def _byteorder(mark: bytes) -> ByteOrder | None:
-    orders: tuple[ByteOrder, ...] = ("little", "big")
-    return next((each for each in orders if int.from_bytes(mark[:4], each) == XL_BYTEORDER), None)

@@ -50,6 +50,7 @@ class _Place(Enum):
     BEFORE = "before LIBXC_CONTEXT"
     CHECKPOINT = "inside a checkpoint"
     BETWEEN = "after a checkpoint"
+    NEXT = "after CHECKPOINT_STATE"
     AFTER = "after libxc's END"
 
 
@@ -61,7 +62,12 @@ class LibxlOrder:
 
     @property
     def libxc_may_go_on(self) -> bool:
-        """Whether the next record is libxc's, unless it is a CHECKPOINT_STATE."""
+        """Whether the next record is libxc's, unless it is a CHECKPOINT_STATE that may come."""
+        return self._place in {_Place.BETWEEN, _Place.NEXT}
+
+    @property
+    def state_may_come(self) -> bool:
+        """Whether a CHECKPOINT_STATE may be the next record."""
         return self._place is _Place.BETWEEN
 
     def back_from_libxc(self, last: LibxcType) -> None:
@@ -99,6 +105,8 @@ class LibxlOrder:
             return f"may not come {place.value}"
         if kind == LibxlType.CHECKPOINT_END:
             self._place = _Place.BETWEEN
+        elif kind == LibxlType.CHECKPOINT_STATE:
+            self._place = _Place.NEXT
         return ""
 
 

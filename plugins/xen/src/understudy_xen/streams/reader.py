@@ -21,7 +21,8 @@ from understudy_xen.streams.formats import (
     LibxlType,
 )
 from understudy_xen.streams.framer import Framer
-from understudy_xen.streams.frames import Frame, LibxcHeaders, LibxlHeader, Preamble
+from understudy_xen.streams.frames import Frame
+from understudy_xen.streams.heads import LibxcHeaders, LibxlHeader, Preamble
 from understudy_xen.streams.hvmcontext import HvmContext
 from understudy_xen.streams.libxc import CpuidPolicy, DirtyPfnList, HvmParams, MsrPolicy, TscInfo
 from understudy_xen.streams.libxl import CheckpointState, EmulatorContext, EmulatorXenstoreData

@@ -24,14 +24,15 @@ from understudy_xen.streams.formats import (
     Form,
     Layer,
     LibxcType,
+    LibxlType,
     Limits,
     padded,
 )
 from understudy_xen.streams.framer import Framer
-from understudy_xen.streams.frames import Preamble
+from understudy_xen.streams.heads import LibxcHeaders, Preamble
 from understudy_xen.streams.hvmcontext import HvmContext
 from understudy_xen.streams.libxc import CpuidPolicy, HvmParams, MsrPolicy, TscInfo
-from understudy_xen.streams.libxl import CheckpointState, EmulatorContext, EmulatorXenstoreData
+from understudy_xen.streams.libxl import CheckpointState, ColoState, EmulatorContext, EmulatorXenstoreData
 from understudy_xen.streams.pages import ENTRY_BYTES, check_contents, count_pages, largest_pfn, page_count
 from understudy_xen.streams.x86pv import P2mFrames, PvInfo, SharedInfo, VcpuContext
 
@@ -129,6 +130,11 @@ class Verifier(Framer):
                 self._last_pfn = max(self._last_pfn or 0, int.from_bytes(head[4:8], byteorder))
             elif length == PAIR.size and kind in _MAY_BE_EMPTY:
                 self._remark("is empty, as Xen 4.6 to 4.8 wrote it")
+        elif kind == LibxlType.CHECKPOINT_STATE:
+            state = CheckpointState.unpack(memoryview(head), byteorder).state
+            if state is not ColoState.NEW:
+                problem = f"says {state.name}, which only a secondary does"
+                self._fail(problem, at=self._start + RECORD_HEADER_BYTES, allowed=ColoState.NEW.name)
 
     def _pages(self, length: int, byteorder: ByteOrder) -> Steps:
         head = (yield min(length, PAIR.size)) if length else b""
@@ -160,7 +166,7 @@ class Verifier(Framer):
         if len(self.remarks) < _MOST_REMARKS:
             self.remarks.append(f"offset {self._start}: {self._layer.value} {self._record} {what}")
 
-    def _check_preamble(self, preamble: Preamble) -> None:
+    def _note_preamble(self, preamble: Preamble) -> None:
         if preamble.optional_flags:
             self._remark(f"has unknown optional flags {preamble.optional_flags:#x}")
         if not preamble.is_json:
@@ -179,8 +185,8 @@ class Verifier(Framer):
                 allowed="object",
             )
 
-    def _check_reserved(self, *fields: int) -> None:
-        if any(fields):
+    def _note_libxc(self, headers: LibxcHeaders) -> None:
+        if any(headers.reserved):
             self._fail("have reserved fields that are not zero", allowed="zero")
-        if self.libxc is not None and not self.libxc.xen[0]:
+        if not headers.xen[0]:
             self._remark("are a converter's: the stream was made from one of Xen 4.5 or older")

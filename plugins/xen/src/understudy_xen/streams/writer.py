@@ -9,20 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from struct import Struct
 from typing import Any, Final, Protocol
 
 from understudy_xen.streams.cursor import Buffer
 from understudy_xen.streams.formats import (
-    LIBXC_ID,
-    LIBXC_MARKER,
-    LIBXL_IDENT,
-    LIBXL_VERSION,
-    PAGE_SHIFT,
-    XL_BYTEORDER,
     XL_FLAG_JSON,
     XL_FLAG_STREAM_V2,
-    XL_MAGIC,
     ByteOrder,
     GuestType,
     LibxcType,
@@ -30,6 +22,7 @@ from understudy_xen.streams.formats import (
     padded,
     record_header,
 )
+from understudy_xen.streams.heads import LibxcHeaders, LibxlHeader, Preamble
 from understudy_xen.streams.libxl import EmulatorContext, EmulatorXenstoreData
 
 __all__ = [
@@ -45,12 +38,7 @@ __all__ = [
     "record",
 ]
 
-_NUMBERS: Final = {"little": Struct("<5I"), "big": Struct(">5I")}
-_LIBXL_HEADER: Final = Struct(">8sII")
-_IMAGE_HEADER: Final = Struct(">8sIIHHI")
-_DOMAIN_HEADER: Final = {"little": Struct("<IHHII"), "big": Struct(">IHHII")}
 _PADDING: Final = tuple(bytes(count) for count in range(8))
-_LIBXL_LEGACY: Final = 2
 _UNKNOWN_MANDATORY: Final = 0x7FFFFFFF  # the last type that no specification has given away
 
 
@@ -78,22 +66,19 @@ def preamble(config: bytes | str | Mapping[str, Any], byteorder: ByteOrder = "li
         config = json.dumps(config)
     text = config.encode() if isinstance(config, str) else config
     text = text.rstrip(b"\0") + b"\0"
-    flags = XL_FLAG_JSON | XL_FLAG_STREAM_V2
-    return XL_MAGIC + _NUMBERS[byteorder].pack(XL_BYTEORDER, flags, 0, len(text) + 4, len(text)) + text
+    return Preamble(byteorder, XL_FLAG_JSON | XL_FLAG_STREAM_V2, 0, text).pack()
 
 
 def libxl_header(byteorder: ByteOrder = "little", *, legacy: bool = False) -> bytes:
     """Write the head of a libxl stream."""
-    options = (byteorder == "big") | (legacy * _LIBXL_LEGACY)
-    return _LIBXL_HEADER.pack(LIBXL_IDENT, LIBXL_VERSION, options)
+    return LibxlHeader(byteorder, legacy).pack()
 
 
 def libxc_headers(
     guest: GuestType, byteorder: ByteOrder = "little", *, version: int = 3, xen: tuple[int, int] = (4, 17)
 ) -> bytes:
     """Write image header and domain header of a libxc stream."""
-    image = _IMAGE_HEADER.pack(LIBXC_MARKER, LIBXC_ID, version, byteorder == "big", 0, 0)
-    return image + _DOMAIN_HEADER[byteorder].pack(guest, PAGE_SHIFT, 0, *xen)
+    return LibxcHeaders(byteorder, version, guest, xen).pack()
 
 
 def record(what: Body | LibxlType | LibxcType, byteorder: ByteOrder = "little") -> list[Buffer]:
