@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 
 from understudy_xen.xenstore import asking
 from understudy_xen.xenstore.asking import Request
-from understudy_xen.xenstore.connection import open_fd
+from understudy_xen.xenstore.connection import open_way
 from understudy_xen.xenstore.errors import XenStoreLost, XenStoreMissing, XenStoreSilent, refusal
 from understudy_xen.xenstore.wire import Decoder, Message, Op, encode, text_of
 
@@ -42,7 +42,8 @@ class BlockingStore:
 
     def __init__(self, place: Path | None = None, *, deadline_s: float = 5.0) -> None:
         self.deadline_s = deadline_s
-        self._fd, self.place = open_fd(place)
+        way = open_way(place)
+        self._fd, self.place, self._payload_max = way.fd, way.place, way.payload_max
         self._incoming = select.poll()
         self._incoming.register(self._fd, select.POLLIN)
         self._decoder = Decoder()
@@ -121,7 +122,7 @@ class BlockingStore:
             raise XenStoreLost(f"{request.what}: the connection to xenstored is closed")
         self._req_id = self._req_id % 0xFFFFFFFF + 1
         try:
-            self._send(encode(request.op, self._req_id, 0, request.payload), request.what)
+            self._send(encode(request.op, self._req_id, 0, request.payload, self._payload_max), request.what)
         except BaseException:
             self.close()
             raise
@@ -154,7 +155,7 @@ class BlockingStore:
         if self._fd < 0:
             raise XenStoreLost(f"{request.what}: the connection to xenstored is closed")
         self._req_id = self._req_id % 0xFFFFFFFF + 1
-        message = encode(request.op, self._req_id, tx_id, request.payload)
+        message = encode(request.op, self._req_id, tx_id, request.payload, self._payload_max)
         try:
             self._send(message, request.what)
             answer = self._answer(request.what)

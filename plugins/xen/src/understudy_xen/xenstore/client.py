@@ -22,7 +22,7 @@ from typing import Any, Final, Self, TypeVar
 
 from understudy_xen.xenstore import asking
 from understudy_xen.xenstore.asking import Permission, Request
-from understudy_xen.xenstore.connection import Connection, open_fd
+from understudy_xen.xenstore.connection import Connection, Way, open_way
 from understudy_xen.xenstore.errors import (
     XenStoreConflict,
     XenStoreError,
@@ -149,24 +149,25 @@ class XenStore(_Database):
     Make one with `open`; it is an asynchronous context manager.
 
     Args:
+        way: To xenstored; belongs to this object from now on.
         deadline_s: For each request, seconds.
-        place: Where it leads, for errors.
 
     Guarantees:
         A lost connection ends every request and every watch at once, and each later one; what a request that got no
         answer did is not known. Closing it ends all watches and discards all transactions.
     """
 
-    def __init__(self, fd: int, place: Path, *, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, way: Way, *, deadline_s: float = DEADLINE_S) -> None:
         super().__init__(self, 0)
-        self.place = place
+        self.place = way.place
+        self._payload_max = way.payload_max
         self.deadline_s = deadline_s
         self._pending: dict[int, _Pending] = {}
         self._watches: dict[str, Watch] = {}
         self._last_id = 0
         self._last_token = 0
         self._lost: XenStoreLost | None = None
-        self._connection = Connection(fd, self._take, self._lose)
+        self._connection = Connection(way.fd, self._take, self._lose)
 
     @classmethod
     async def open(cls, place: Path | None = None, *, deadline_s: float = DEADLINE_S) -> Self:
@@ -179,8 +180,7 @@ class XenStore(_Database):
         Raises:
             XenStoreLost: None can be reached; with what was tried.
         """
-        fd, where = open_fd(place)
-        return cls(fd, where, deadline_s=deadline_s)
+        return cls(open_way(place), deadline_s=deadline_s)
 
     @property
     def lost(self) -> XenStoreLost | None:
@@ -213,7 +213,7 @@ class XenStore(_Database):
         if self._lost is not None:
             raise XenStoreLost(f"{request.what}: {self._lost}") from self._lost
         req_id = self._next_id()
-        message = encode(request.op, req_id, tx_id, request.payload)
+        message = encode(request.op, req_id, tx_id, request.payload, self._payload_max)
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._pending[req_id] = pending = _Pending(request, answer)
         self._connection.send(message)
@@ -307,7 +307,7 @@ class XenStore(_Database):
         if self._lost is None:
             req_id = self._next_id()
             self._pending[req_id] = _Pending(request, None)
-            self._connection.send(encode(request.op, req_id, tx_id, request.payload))
+            self._connection.send(encode(request.op, req_id, tx_id, request.payload, self._payload_max))
 
     def _discard(self, tx_id: int) -> None:
         self._send(asking.transaction_end(commit=False), tx_id)

@@ -17,12 +17,13 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from understudy_xen.xenstore.errors import XenStoreGarbage, XenStoreLost
-from understudy_xen.xenstore.wire import Decoder, Message
+from understudy_xen.xenstore.wire import DEVICE_PAYLOAD_MAX, PAYLOAD_MAX, Decoder, Message
 
-__all__ = ["DEVICE", "PLACES", "Connection", "open_fd"]
+__all__ = ["DEVICE", "PLACES", "Connection", "Way", "open_way"]
 
 DEVICE = Path("/dev/xen/xenbus")  #: the kernel's way, everywhere
 PLACES = (Path("/run/xenstored/socket"), Path("/var/run/xenstored/socket"), DEVICE)  #: in the order tried
@@ -30,8 +31,17 @@ PLACES = (Path("/run/xenstored/socket"), Path("/var/run/xenstored/socket"), DEVI
 _READ_BYTES = 1 << 16
 
 
-def open_fd(place: Path | None) -> tuple[int, Path]:
-    """Open a way to xenstored and return its file descriptor, non-blocking and closed on exec, and where it leads.
+@dataclass(frozen=True, slots=True)
+class Way:
+    """An open way to xenstored."""
+
+    fd: int  #: non-blocking, closed on exec
+    place: Path  #: a socket, or the kernel's device
+    payload_max: int  #: of a request, bytes
+
+
+def open_way(place: Path | None) -> Way:
+    """Open a way to xenstored.
 
     Args:
         place: A socket or the device; ``None`` tries `PLACES` in turn.
@@ -42,7 +52,7 @@ def open_fd(place: Path | None) -> tuple[int, Path]:
     tried: list[str] = []
     for path in PLACES if place is None else (place,):
         try:
-            return _open(path), path
+            return _open(path)
         except OSError as error:
             tried.append(f"{path}: {error.strerror or error}")
     raise XenStoreLost(
@@ -51,13 +61,13 @@ def open_fd(place: Path | None) -> tuple[int, Path]:
     )
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> Way:
     if not stat.S_ISSOCK(path.stat().st_mode):
-        return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        return Way(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), path, DEVICE_PAYLOAD_MAX)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(str(path))
         sock.setblocking(False)  # noqa: FBT003 - the standard library's signature
-        return sock.detach()
+        return Way(sock.detach(), path, PAYLOAD_MAX)
 
 
 class Connection:

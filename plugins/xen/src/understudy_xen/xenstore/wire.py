@@ -8,7 +8,8 @@ A request is answered by a message with the same type and req_id, or by one of t
 with req_id 0, so no request of ours has that number. Xenstored closes the connection of whoever sends more than
 4096 bytes of payload, so that is looked at before anything is sent.
 
-Source: Xen xen/include/public/io/xs_wire.h, docs/misc/xenstore.txt (4.22.0); the header is the same from 4.14 on.
+Source: Xen xen/include/public/io/xs_wire.h, docs/misc/xenstore.txt (4.22.0; messages and limits are the same from 4.14
+on); Linux 6.1 drivers/xen/xenbus/xenbus_dev_frontend.c (struct xenbus_file_priv: the buffer for a request).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from understudy_xen.xenstore.errors import XenStoreGarbage, XenStoreLimit
 
 __all__ = [
     "ABS_PATH_MAX",
+    "DEVICE_PAYLOAD_MAX",
     "PAYLOAD_MAX",
     "Decoder",
     "Message",
@@ -36,6 +38,7 @@ __all__ = [
 
 PAYLOAD_MAX: Final = 4096  #: XENSTORE_PAYLOAD_MAX, bytes
 ABS_PATH_MAX: Final = 3072  #: XENSTORE_ABS_PATH_MAX, bytes
+DEVICE_PAYLOAD_MAX: Final = 4080  #: what the kernel's device takes: its buffer holds the header, too
 REL_PATH_MAX: Final = 2048  #: XENSTORE_REL_PATH_MAX, bytes
 
 _HEADER = struct.Struct("=IIII")
@@ -75,7 +78,7 @@ class Message:
     payload: bytes
 
 
-def encode(op: Op, req_id: int, tx_id: int, payload: bytes) -> bytes:
+def encode(op: Op, req_id: int, tx_id: int, payload: bytes, limit: int = PAYLOAD_MAX) -> bytes:
     """Return a request's bytes.
 
     Args:
@@ -83,13 +86,14 @@ def encode(op: Op, req_id: int, tx_id: int, payload: bytes) -> bytes:
         req_id: Number that its answer will carry, not 0.
         tx_id: Of the transaction, 0 outside of one.
         payload: Whole, with the zeros that the type asks for.
+        limit: How long a payload the way to xenstored takes, bytes.
 
     Raises:
-        XenStoreLimit: The payload is longer than xenstored takes.
+        XenStoreLimit: The payload is longer.
     """
-    if len(payload) > PAYLOAD_MAX:
+    if len(payload) > limit:
         raise XenStoreLimit(
-            f"a {op.name} of {len(payload)} bytes was not sent to xenstored: it takes {PAYLOAD_MAX} bytes, "
+            f"a {op.name} of {len(payload)} bytes was not sent to xenstored: it takes {limit} bytes, "
             f"path and value together"
         )
     return _HEADER.pack(op, req_id, tx_id, len(payload)) + payload
