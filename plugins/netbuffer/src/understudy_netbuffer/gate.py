@@ -19,7 +19,9 @@ Source: Linux net/sched/sch_plug.c (plug_change, plug_dequeue); Cully et al., Re
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
+import sys
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -56,6 +58,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _DEADLINE_S: Final = 5.0  # for one piece of work in the thread
+_LIBRARY: Final = "pyroute2"
+_IMPORT_S: Final = 30.0
 _EMPTY_S: Final = 2.0  # for what was released to leave
 _POLL_S: Final = 0.001
 _TRIES: Final = 3
@@ -395,6 +399,12 @@ async def in_thread(call: Callable[..., T], *arguments: Any) -> T:
     Guarantees:
         However it ends, the call has ended, too, or has passed its deadline.
     """
+    if _LIBRARY not in sys.modules:
+        # The first call waits for a large library's import, too; on a busy host that takes longer than the kernel may.
+        try:
+            await _threads.run(importlib.import_module, _LIBRARY, timeout_s=_IMPORT_S)
+        except TimeoutError as error:
+            raise HypervisorError(f"{_LIBRARY} was not loaded within {_IMPORT_S:g} s") from error
     working = asyncio.ensure_future(_threads.run(call, *arguments, timeout_s=_DEADLINE_S))
     try:
         return await asyncio.shield(working)
