@@ -18,7 +18,7 @@ from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.libs import Suspender, SuspendFailed, SuspendFailure, Way, Xen
 from understudy_xen.streams.cursor import Buffer
 from understudy_xen.streams.libxl import EmulatorContext, EmulatorXenstoreData
-from understudy_xen.streams.writer import checkpoint
+from understudy_xen.streams.writer import checkpoint, ending
 from understudy_xen.xenstore import BlockingStore, XenStoreMissing, asking
 
 __all__ = ["SUSPEND_S", "LiveGuest"]
@@ -80,6 +80,10 @@ class LiveGuest:
     def records(self) -> list[Buffer]:
         """Return libxl's part of a checkpoint: its device model as it was at the last `suspend`, and the end."""
         return checkpoint(self._context, self._keys)
+
+    def last_records(self) -> list[Buffer]:
+        """Return libxl's part of a stream that ends without checkpoints, likewise."""
+        return ending(self._context, self._keys)
 
     def resume(self) -> None:
         """Let it run on, its device model first, as libxl does."""

@@ -203,6 +203,40 @@ class ProgramOutlet(Outlet):
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
 
+    def finish(self, timeout_s: float) -> int | None:
+        """End the stream as planned, and give the program time for what it does then.
+
+        Args:
+            timeout_s: How much, seconds.
+
+        Returns:
+            Its exit status, negative for the signal that ended it; ``None`` if it still runs.
+
+        Raises:
+            HypervisorError: The stream was cut or closed before.
+        """
+        if self.reason or self._process.returncode is not None:
+            raise self.broken("it is closed")
+        self._input.close()
+        deadline = time.monotonic() + timeout_s
+        ended = os.pidfd_open(self._process.pid)
+        try:
+            poll = select.poll()
+            poll.register(ended, select.POLLIN)
+            poll.register(self._output, select.POLLIN)
+            while ready := {fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}:
+                if ended in ready:
+                    break
+                # Nobody wants what it says, but a full pipe would hold it up.
+                if not os.read(self._output.fileno(), _RECEIVE_BYTES):
+                    poll.unregister(self._output)
+        finally:
+            os.close(ended)
+        found = self._found()
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
     def close(self) -> None:
         """Close the stream, and kill what has not ended by itself soon after."""
         self._input.close()
@@ -226,11 +260,14 @@ class ProgramOutlet(Outlet):
         ended = self._ended()
         return super().broken(f"{self.command[0]!r} {ended}" if ended and not self.reason else cause)
 
-    def _ended(self) -> str:
+    def _found(self) -> os.waitid_result | None:
         # Looks without collecting the dead, see `cut`.
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+    def _ended(self) -> str:
         if self._process.returncode is not None:
             return "is closed"
-        found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        found = self._found()
         if found is None:
             return ""
         how = "with status" if found.si_code == os.CLD_EXITED else "by signal"

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -16,7 +17,8 @@ import click
 from understudy.errors import UnderstudyError
 from understudy.schema import parse_bytes
 from understudy_xen.interop.receive import promote, receive
-from understudy_xen.interop.remus import RemusFigures, run_remus
+from understudy_xen.interop.remus import Fate, RemusFigures, run_remus
+from understudy_xen.interop.saving import save_to
 
 __all__ = ["xen"]
 
@@ -70,7 +72,10 @@ def remus(
 ) -> None:
     """Checkpoint the running DOMAIN to a stock receiver on HOST, until Ctrl-C; the guest runs on then.
 
-    Exit code 0: ended as asked; 1: the receiver was lost or the guest could not be saved, and runs on here unprotected.
+    The receiver takes over when DOMAIN is gone here, or this command or its host. When the command ends as asked the
+    receiver is told to drop its copy.
+
+    Exit code 0: ended as asked; 1: the receiver was lost, or the guest could not be saved or is gone.
     """
     if sum(map(bool, (blackhole, host, command))) != 1:
         raise click.UsageError("give one of HOST, --command and --blackhole")
@@ -87,10 +92,33 @@ def remus(
                 f"{figures.pause_ms:.1f} ms, written {figures.written_ms:.1f} ms later"
             )
 
+    def tell_end(fate: Fate) -> None:
+        click.echo(f"understudy: {domain}: {fate.value}", err=True)
+
     work = run_remus(
-        domain, command=None if blackhole else words, interval_ms=interval_ms, count=count, tell=tell
+        domain,
+        command=None if blackhole else words,
+        interval_ms=interval_ms,
+        count=count,
+        tell=tell,
+        tell_end=tell_end,
     )
-    _run(work, f"{domain} runs on here, unprotected")
+    _run(work, f"where it still is, {domain} runs on here, unprotected")
+
+
+@xen.command("save")
+@click.argument("domain")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "-c", "--checkpoint", "keep", is_flag=True, help="Let the guest run on, and while it is saved, too."
+)
+def save_command(domain: str, file: Path, *, keep: bool) -> None:
+    """Save the running DOMAIN to FILE, for 'xl restore'; the domain is destroyed then, as with 'xl save'.
+
+    FILE is whole when it appears. On failure there is none, and the guest runs on.
+    """
+    size = _run(save_to(domain, file, keep=keep), f"{domain} runs on, and {file} is as it was")
+    click.echo(f"{domain} is saved in {file}, {size} bytes")
 
 
 @xen.command("receive")

@@ -16,11 +16,13 @@ import os
 import socket
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from understudy.errors import GuestNotFound, HypervisorError, StateError
-from understudy_xen import inventory
+from understudy_xen import inventory, toolstack
 from understudy_xen.domainconfig import EVENTS, INCOMING, PRESERVE, DomainConfig
+from understudy_xen.hostview import bridge_problem, path_problem, script_problem
 from understudy_xen.interop.remus import BANNER
 from understudy_xen.libs import open_xen
 from understudy_xen.receiver import Receiver
@@ -36,6 +38,10 @@ _CONFIG_S: Final = 60.0
 _COPY_S: Final = 86_400.0
 _TAKE_S: Final = 60.0
 _MAKE_S: Final = 60.0
+#: libxl's defaults. Source: tools/libs/light/libxl_nic.c (libxl__device_nic_setdefault), docs/misc/xl-network-config.
+_SCRIPTS: Final = Path("/etc/xen/scripts")
+_DEFAULT_SCRIPT: Final = "vif-bridge"
+_DEFAULT_BRIDGE: Final = "xenbr0"
 
 
 async def receive(
@@ -53,7 +59,11 @@ async def receive(
         The copy's name, its domain, and how many checkpoints it holds beyond the first copy. It is paused.
 
     Raises:
-        HypervisorError: The stream ended before the first copy was whole, or libxl refused it; nothing is left.
+        HypervisorError: There is no place for the copy, or the stream ended before the first copy was whole, or libxl
+            refused it.
+
+    Guarantees:
+        When this raises or is cancelled nothing is left of the copy.
     """
     os.write(target, BANNER)
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -63,9 +73,11 @@ async def receive(
         acknowledged=lambda _: None,
         lost=lost.set_result,
     )
+    config: DomainConfig | None = None
     restorer: Restorer | None = None
     try:
         config = _copy_of(await receiver.config(_CONFIG_S))
+        await _need_place(config)
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             restorer = await Restorer.start(stream_fd=reading)
@@ -74,28 +86,66 @@ async def receive(
             raise
         restoring = asyncio.ensure_future(restorer.restore(config.to_json(), checkpointed=True))
         copying = asyncio.ensure_future(receiver.copied(writing, _COPY_S))
-        beginning: list[asyncio.Future[Any]] = [restoring, copying]
-        await asyncio.wait(beginning, return_when=asyncio.FIRST_COMPLETED)
+        for task in (restoring, copying):
+            task.add_done_callback(_heard)
+        await _first(restoring, copying)
         if restoring.done():
             copying.cancel()
             restoring.result()
             raise HypervisorError("libxl ended the restore before the first copy was whole")
         await copying
-        ending: list[asyncio.Future[Any]] = [restoring, lost]
-        await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        await _first(restoring, lost)
         loaded = receiver.cut()
         await receiver.hand_over(_TAKE_S)
         async with asyncio.timeout(_MAKE_S):
             domid = await restoring
+        _log.info("%s: %s", config.name, lost.result() if lost.done() else "libxl has ended the restore")
         return config.name, domid, loaded
     except BaseException:
         if restorer is not None:
-            await restorer.kill()
+            await asyncio.shield(_undo(restorer, config))
         raise
     finally:
         if restorer is not None:
             await restorer.close()
         await receiver.close()
+
+
+async def _first(*ends: asyncio.Future[Any]) -> None:
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _heard(ended: asyncio.Future[Any]) -> None:
+    # Of two that fail one is told of; the other one's error is its consequence.
+    if not ended.cancelled():
+        ended.exception()
+
+
+async def _need_place(copy: DomainConfig) -> None:
+    # What would fail only at the end of the stream, when libxl makes the devices, and would cost the copy then.
+    problems = []
+    with open_xen() as xen:
+        async with await XenStore.open() as store:
+            if await inventory.find(store, xen, copy.name) is not None:
+                problems.append(f"there is a domain {copy.name} already; destroy it if nobody needs it")
+    for nic in copy.nics:
+        script = _SCRIPTS / (nic.script or _DEFAULT_SCRIPT)
+        problems += [script_problem(script), bridge_problem(nic.bridge or _DEFAULT_BRIDGE)]
+    problems += [path_problem(Path(disk.path)) for disk in copy.disks if disk.path and not disk.cdrom]
+    if found := [problem for problem in dict.fromkeys(problems) if problem]:
+        raise HypervisorError(f"there is no place for {copy.name} on this host: {'; '.join(found)}")
+
+
+async def _undo(restorer: Restorer, copy: DomainConfig | None) -> None:
+    await restorer.kill()
+    if copy is None:
+        return
+    # By its name, which nobody else had when this began: its UUID is the guest's, who may be on this host, too.
+    with open_xen() as xen:
+        async with await XenStore.open() as store:
+            made = await inventory.find(store, xen, copy.name)
+        if made is not None:
+            await toolstack.destroy(xen, made.domid)
 
 
 async def promote(name: str, *, reason: str) -> int:
@@ -153,7 +203,7 @@ def _answered(source: int, silence_s: float) -> socket.socket:
                     break
                 theirs.sendall(data)
         with suppress(OSError):
-            theirs.shutdown(socket.SHUT_RDWR)
+            theirs.shutdown(socket.SHUT_WR)  # what was sent is still to be answered
 
     def drain() -> None:
         with suppress(OSError):

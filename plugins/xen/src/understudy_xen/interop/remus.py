@@ -4,6 +4,9 @@ The stock receiver answers nothing, so nothing here is acknowledged, and no outp
 with this plugin's loop. `understudy protect` is the safe way; this one is for hosts that have only xl on the other
 side, and to measure.
 
+One thing is better than with xl: the end of a stream is a stock receiver's takeover, also when the sender was merely
+interrupted and the guest runs on, then twice. Here the receiver is told to drop its copy where that is possible.
+
 Source: tools/xl/xl_migrate.c (main_remus, create_migration_child, the banner) of Xen 4.17.
 """
 
@@ -12,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Final
 
@@ -20,19 +25,32 @@ from understudy.device import no_progress
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
 from understudy_xen.devicemodel import DeviceModel
-from understudy_xen.libs import DomainType, Stream, open_xen, save
+from understudy_xen.libs import DomainType, Stream, SuspendFailed, Xen, open_xen, save
 from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.loop import RemusLoop, Taken
 from understudy_xen.outlet import Blackhole, Outlet, ProgramOutlet
 from understudy_xen.primary import stream_head
+from understudy_xen.streams.writer import abandonment
 from understudy_xen.xenstore import XenStore
 
-__all__ = ["BANNER", "RemusFigures", "run_remus"]
+__all__ = ["BANNER", "Fate", "RemusFigures", "run_remus"]
 
 #: What a stock receiver says first. Source: tools/xl/xl_migrate.c (migrate_receiver_banner).
 BANNER: Final = b"xl migration receiver ready, send binary domain data.\n"
 _BANNER_S: Final = 60.0  # ssh may ask for a key first
 _JOIN_S: Final = SUSPEND_S + 10.0
+_RECEIVER_S: Final = (
+    60.0  # for the receiver's takeover, or the end of its copy; a hotplug script alone may take 40 s
+)
+
+
+class Fate(Enum):
+    """What became of the receiver's copy."""
+
+    NONE = "there is no copy"
+    DROPPED = "the receiver has dropped its copy"
+    TAKES_OVER = "the guest is gone here: the receiver goes on with its last whole checkpoint"
+    UNKNOWN = "the receiver may have taken over with its copy: see that the guest does not run on both hosts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +87,7 @@ async def run_remus(
     interval_ms: float,
     count: int,
     tell: Callable[[RemusFigures], None],
+    tell_end: Callable[[Fate], None],
 ) -> None:
     """Checkpoint a running guest until cancelled.
 
@@ -78,13 +97,15 @@ async def run_remus(
         interval_ms: How long the guest runs between two checkpoints, counted from the end of one, as with xl.
         count: How many checkpoints after the first copy, 0 = without end.
         tell: Told of each.
+        tell_end: Told at the end, however it came, what became of the copy.
 
     Raises:
         GuestNotFound: There is no such domain.
-        HypervisorError: The receiver is gone, or the guest cannot be saved.
+        HypervisorError: The receiver is gone, or the guest cannot be saved, or is gone itself.
 
     Guarantees:
-        The guest runs on afterwards, also on failure and on cancellation.
+        The guest, where it still is, runs on afterwards, also on failure and on cancellation. A checkpoint that was
+        begun is brought to its end before that, if it can be.
     """
     with open_xen() as xen:
         async with await XenStore.open() as store:
@@ -93,31 +114,79 @@ async def run_remus(
             raise GuestNotFound(f"there is no domain {name} on this host")
         head = stream_head(await toolstack.configuration(domain.domid))
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
-        live = LiveGuest(xen, domain.domid, model)
-        outlet: Outlet | None = None
-        loop: RemusLoop | None = None
+        sender = _Sender(xen, LiveGuest(xen, domain.domid, model))
         try:
-            outlet = await asyncio.to_thread(_outlet, command)
-            await asyncio.to_thread(outlet.write, head)
-            saving = partial(save, xen, domain.domid, stream=Stream.REMUS)
-            loop = RemusLoop(live, outlet, saving, total_pages=domain.info.pages)
-            await loop.copy(_nothing, no_progress)
-            await _checkpoints(loop, interval_ms, count, tell)
-            await loop.end()
+            await sender.begin(command, head, domain.info.pages)
+            await sender.checkpoints(interval_ms, count, tell)
         finally:
-            await asyncio.shield(_end(loop, live, outlet))
+            await asyncio.shield(sender.end(tell_end))
 
 
-async def _checkpoints(
-    loop: RemusLoop, interval_ms: float, count: int, tell: Callable[[RemusFigures], None]
-) -> None:
-    number, before_ns = 0, time.monotonic_ns()
-    while not count or number < count:
-        await asyncio.sleep(interval_ms / 1000)
-        number += 1
-        taken = await loop.take(number, _NoDevices())
-        tell(_figures(number, taken, before_ns))
-        before_ns = taken.acknowledged_ns
+class _Sender:
+    # What there is to be ended, as far as it has come.
+
+    def __init__(self, xen: Xen, live: LiveGuest) -> None:
+        self._xen = xen
+        self._live = live
+        self._outlet: Outlet | None = None
+        self._loop: RemusLoop | None = None
+
+    async def begin(self, command: list[str] | None, head: bytes, pages: int) -> None:
+        outlet = self._outlet = await asyncio.to_thread(_outlet, command)
+        await asyncio.to_thread(outlet.write, head)
+        saving = partial(save, self._xen, self._live.domid, stream=Stream.REMUS)
+        self._loop = RemusLoop(self._live, outlet, saving, total_pages=pages)
+        await self._loop.copy(_nothing, no_progress)
+
+    async def checkpoints(self, interval_ms: float, count: int, tell: Callable[[RemusFigures], None]) -> None:
+        assert self._loop is not None  # noqa: S101 - `begin` came before
+        number, before_ns = 0, time.monotonic_ns()
+        while not count or number < count:
+            await asyncio.sleep(interval_ms / 1000)
+            number += 1
+            taking = asyncio.ensure_future(self._loop.take(number, _NoDevices()))
+            try:
+                taken = await asyncio.shield(taking)
+            except asyncio.CancelledError:
+                await asyncio.wait({taking})  # only between two checkpoints can the receiver be told anything
+                raise
+            tell(_figures(number, taken, before_ns))
+            before_ns = taken.acknowledged_ns
+
+    async def end(self, tell: Callable[[Fate], None]) -> None:
+        fate = Fate.UNKNOWN
+        try:
+            if self._loop is not None:
+                at_rest = self._loop.resting
+                await self._loop.end()
+                if not at_rest and not self._loop.ended.is_set():
+                    self._loop.cut("ended")
+                await self._loop.join(_JOIN_S)
+            await asyncio.to_thread(self._live.bring_back, SUSPEND_S)
+            fate = await asyncio.to_thread(self._part)
+        finally:
+            self._live.close()
+            if self._outlet is not None:
+                await asyncio.to_thread(self._outlet.close)
+            tell(fate)
+
+    def _part(self) -> Fate:
+        outlet, loop = self._outlet, self._loop
+        if loop is None or not isinstance(outlet, ProgramOutlet):
+            return Fate.NONE
+        if outlet.reason:
+            return Fate.UNKNOWN
+        info = self._xen.domain(self._live.domid)
+        if info is None or info.dying or info.shutdown is not None:
+            outlet.finish(_RECEIVER_S)
+            return Fate.TAKES_OVER
+        # A guest that did not suspend: libxc has written nothing since the checkpoint before.
+        if loop.failure is None or isinstance(loop.failure, SuspendFailed):
+            with suppress(HypervisorError):
+                outlet.write(abandonment())
+                if outlet.finish(_RECEIVER_S):
+                    return Fate.DROPPED
+        return Fate.UNKNOWN
 
 
 def _figures(number: int, taken: Taken, before_ns: int) -> RemusFigures:
@@ -143,20 +212,6 @@ def _outlet(command: list[str] | None) -> Outlet:
         outlet.close()
         raise
     return outlet
-
-
-async def _end(loop: RemusLoop | None, live: LiveGuest, outlet: Outlet | None) -> None:
-    try:
-        if loop is not None:
-            await loop.end()
-            if not loop.ended.is_set() and not loop.resting:
-                loop.cut("ended")
-            await loop.join(_JOIN_S)
-        await asyncio.to_thread(live.bring_back, SUSPEND_S)
-    finally:
-        live.close()
-        if outlet is not None:
-            await asyncio.to_thread(outlet.close)
 
 
 async def _nothing() -> None:
