@@ -15,6 +15,7 @@ from tests.testbeds.xen.checkout import ROOT, Checkout
 from tests.testbeds.xen.image import XEN_VERSION, Image
 from tests.testbeds.xen.network import Network
 from tests.testbeds.xen.post import PORT
+from tests.testbeds.xen.turns import take_turn
 
 __all__ = ["DOM0_MIB", "MEMORY_MIB", "Plug", "XenDied", "XenMachine"]
 
@@ -109,6 +110,7 @@ class XenMachine(BedMachine):
         hosts: Mapping[str, str] | None = None,
         terminal: tuple[int, int] | None = None,
     ) -> None:
+        take_turn()
         super().__init__("understudy-xen-")
         try:
             shares = list(shared)
