@@ -132,8 +132,8 @@ class Xen:
                 return
 
     def find(self, wanted: uuid.UUID) -> list[DomainInfo]:
-        """Return the domains with a UUID; more than one after a restore beside the original."""
-        return [info for info in self.domains() if info.uuid == wanted]
+        """Return the domains with a UUID that are not being destroyed; two while a copy is beside its original."""
+        return [info for info in self.domains() if info.uuid == wanted and not info.dying]
 
     def shutdown_reason(self, domid: int) -> ShutdownReason | None:
         """Return why a domain is shut down, ``None`` while it is not; cheap enough for each millisecond.

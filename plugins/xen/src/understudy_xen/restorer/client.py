@@ -31,6 +31,7 @@ __all__ = ["CALL_S", "Restorer", "once"]
 _log = logging.getLogger("understudy_xen.libxl")
 START_S: Final = 60.0  #: for the process to be ready: a fraction of a second on an idle host
 CALL_S: Final = 60.0  #: for an operation of libxl; a hotplug script alone may take 40 s of it
+KILL_S: Final = 10.0  #: for the kernel to end a process
 _LINE_BYTES: Final = 1 << 22
 _TAIL_LINES: Final = 20
 
@@ -181,21 +182,29 @@ class Restorer:
     async def kill(self) -> None:
         """Kill the process and its children; it may have ended already.
 
+        Raises:
+            RestorerLost: It is still there: the kernel does not let it go. It may do something yet.
+
         Guarantees:
-            Afterwards it does nothing any more, and every call on it has failed. A domain that it was making is still
+            Afterwards every call on it has failed, and it does nothing any more. A domain that it was making is still
             there, paused, with its part of xenstore.
         """
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._lose("it was ended")
-        if self._writer is not None:
-            self._writer.close()
-        else:
-            self._control.close()
+        try:
+            async with asyncio.timeout(KILL_S):
+                await self._process.wait()
+        except TimeoutError:
+            raise RestorerLost(f"the restorer {self._process.pid} does not die within {KILL_S:g} s") from None
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._lose("it was ended")
+            if self._writer is not None:
+                self._writer.close()
+            else:
+                self._control.close()
 
     async def _call(self, do: str, timeout_s: float | None, **arguments: Any) -> Any:
         if self._writer is None or self._writer.is_closing() or self._process.returncode is not None:
