@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_DEADLINE_S: Final = 5.0  # for one piece of work in the thread
+_DEADLINE_S: Final = 10.0  # for one piece of work in the thread; pyroute2 alone takes seconds on a slow host
 _LIBRARY: Final = "pyroute2"
 _IMPORT_S: Final = 30.0
 _EMPTY_S: Final = 2.0  # for what was released to leave
