@@ -15,7 +15,7 @@ from tests.testbeds.xen.machine import DOM0_MIB, MEMORY_MIB, Plug, XenMachine
 
 __all__ = ["BOOT_S", "XenHost"]
 
-BOOT_S: Final = 120.0  # a deadline only; it takes 10 s on an idle machine
+BOOT_S: Final = 300.0  # a deadline only; it takes 10 s on an idle machine
 AGENT: Final = ("python3", "-m", "tests.testbeds.xen.agent")
 
 
