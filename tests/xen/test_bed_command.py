@@ -48,6 +48,11 @@ def emulators(tmp_path: Path) -> list[str]:
     return found
 
 
+def left(tmp_path: Path) -> list[str]:
+    # The turns that processes with Xen hosts take are files that stay.
+    return [path.name for path in tmp_path.iterdir() if not path.name.startswith("understudy-xen-turns-")]
+
+
 def until(tmp_path: Path, *, running: bool) -> None:
     deadline = time.monotonic() + 60
     while bool(emulators(tmp_path)) is not running:
@@ -65,7 +70,7 @@ def test_output_and_status_of_the_command(tmp_path: Path) -> None:
     assert lines[20000:20002] == [str(ROOT), "alpha"]
     assert lines[20002].startswith("understudy ")
     assert lines[20003] == "an 'odd' word"
-    assert list(tmp_path.iterdir()) == []
+    assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -77,7 +82,7 @@ def test_nothing_runs_on_when_its_maker_is_killed(tmp_path: Path, number: signal
     until(tmp_path, running=False)
     if number is signal.SIGINT:
         assert process.returncode == 128 + signal.SIGINT
-        assert list(tmp_path.iterdir()) == []
+        assert left(tmp_path) == []
 
 
 def test_a_host_that_dies_is_told_from_a_command_that_fails(tmp_path: Path) -> None:
