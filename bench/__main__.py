@@ -29,6 +29,7 @@ NAMES = (
     "remus_overload",
     "drbd_takeover",
     "takeover",
+    "xen_remus",
 )
 
 

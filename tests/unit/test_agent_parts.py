@@ -205,6 +205,7 @@ def test_figures_of_the_last_epochs() -> None:
         figures.epoch(report(epoch, epoch))
     row = figures.row("web", 100 * 100_000_000 + 1_000_000)
     assert (row["epoch"], row["pause_p50_ms"], row["pause_p99_ms"]) == (100, 50.0, 99.0)
+    assert row["acknowledge_p50_ms"] == 2.0
     assert row["checkpoints_per_s"] == 10.0
     assert row["lag_ms"] == 3.0
     assert row["held_packets"] == 7

@@ -50,6 +50,7 @@ class Figures(Observer):
             "epoch": last.epoch,
             "pause_p50_ms": round(percentile(pauses, 50) / 1e6, 2),
             "pause_p99_ms": round(percentile(pauses, 99) / 1e6, 2),
+            "acknowledge_p50_ms": round(percentile([each.acknowledge_ns for each in reports], 50) / 1e6, 2),
             "checkpoints_per_s": round((len(reports) - 1) / (span_ns / 1e9), 2) if span_ns > 0 else None,
             "lag_ms": round((now_ns - last.wall_ns + last.acknowledge_ns) / 1e6, 1),
             "held_packets": last.held_packets,
