@@ -218,6 +218,15 @@ class PrimaryDomain(ABC):
     async def freeze(self) -> None:
         """Stop the guest and keep it stopped, its output held: it is fenced."""
 
+    async def retire(self) -> None:
+        """Leave replication with a guest that has shut itself down; what its gates hold is to leave next.
+
+        Called only after this host won the record's swap to ``alone``. The default discards it. A hypervisor that can
+        keep a dead guest's interfaces keeps them, so that they are a way for what the gates hold; the guest is killed
+        when its record says ``stopped``.
+        """
+        await self.discard()
+
     @abstractmethod
     async def discard(self) -> None:
         """Bring the interfaces down and off their bridges, then kill the guest and see it dead; in this order."""

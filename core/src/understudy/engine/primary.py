@@ -252,8 +252,8 @@ class PrimarySession(Driver):
             self.around.telling.event(self.guest, "failed", {"detail": detail})
 
     async def _end_replication(self, _: do.EndReplication) -> None:
-        # The guest is off and its own disks hold everything: its process goes, and with it its replication.
-        await self._bounded(lambda domain: domain.discard())
+        # The guest is off and its own disks hold everything; only what the gates hold of it is still to leave.
+        await self._bounded(lambda domain: domain.retire())
 
     async def _open_gate(self, _: do.OpenGate) -> None:
         await self._teardown(Verdict.KEEP)

@@ -34,6 +34,7 @@ from understudy_xen.domainconfig import INCOMING
 from understudy_xen.guestfile import HYPERVISOR, Compression, SuspendVia, XenConfig, parse_config
 from understudy_xen.inventory import Domain
 from understudy_xen.libs import DomainType, Way, Xen, open_xen
+from understudy_xen.pauses import StoredPauses
 from understudy_xen.primary import GATES, PrimaryParts, XenPrimary
 from understudy_xen.secondary import SecondaryParts, XenSecondary
 from understudy_xen.watching import DomainWatch
@@ -234,6 +235,7 @@ class XenHypervisor(Hypervisor):
             compress=ours.compression is Compression.AUTO,
             config=lambda: toolstack.configuration(domain.domid),
             let_go=lambda: self.discard(domain),
+            pauses=StoredPauses(domain.domid),
         )
         return XenPrimary(parts, DomainWatch.begin(self.xen, domain.domid))
 

@@ -2,7 +2,8 @@
 
 A domain that is the guest although the record gives it to another host, and a copy that nobody will ever promote, are
 discarded: interfaces down and off their bridges, then destroyed. A guest whose record says that it is ``alone`` here
-runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on. One whose record is
+runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on; one that an
+administrator has paused stays so. One whose record is
 undecided stays as it is, with whatever gates stand above it.
 
 Log-dirty mode needs nothing: libxc turns it off when its process ends in peace, and turns it on anew if it was left on.
@@ -15,9 +16,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from understudy.arbiter import Record, RecordState
+from understudy_xen import toolstack
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.libs import DomainType
 from understudy_xen.live import SUSPEND_S, LiveGuest
+from understudy_xen.pauses import Pauses, StoredPauses
+from understudy_xen.restorer.client import once
+from understudy_xen.xenstore import XenStore
 
 if TYPE_CHECKING:
     from understudy_xen.guestfile import XenConfig
@@ -68,9 +73,26 @@ async def _run_on(hypervisor: XenHypervisor, domain: Domain, record: Record) -> 
         finally:
             live.close()
         done.append(f"{domain.name} was left suspended in the middle of a checkpoint: resumed")
-    info = hypervisor.xen.domain(domain.domid)
-    if info is not None and info.paused:
-        hypervisor.xen.unpause(domain.domid)
+    if await _unpaused(hypervisor, domain.domid):
         done.append(f"{domain.name} was left paused: it runs")
     await hypervisor.mark(domain.domid, record)
     return done
+
+
+async def _unpaused(hypervisor: XenHypervisor, domid: int) -> bool:
+    # What an agent has paused, and what libxl has restored but nobody has let run. What an administrator has paused
+    # stays so.
+    info = hypervisor.xen.domain(domid)
+    if info is None or not info.paused:
+        return False
+    async with await XenStore.open() as store:
+        was_started = await toolstack.is_ours(store, domid)
+    if not was_started:
+        async with once() as libxl:
+            await libxl.unpause(domid)
+        return True
+    notes = StoredPauses(domid)
+    if not await notes.read():
+        return False
+    await Pauses(hypervisor.xen, domid, notes).end()
+    return True

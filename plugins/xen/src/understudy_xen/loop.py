@@ -108,6 +108,10 @@ async def _nothing() -> None:
     pass
 
 
+def _fine() -> None:
+    pass
+
+
 async def _run(phase: Callable[[int], Awaitable[None]], epoch: int) -> None:
     await phase(epoch)
 
@@ -123,13 +127,23 @@ class RemusLoop:
         outlet: Where to. Whoever made it closes it, after the loop has ended.
         save: Calls libxc.
         total_pages: Of the guest, for progress.
+        intact: Called in libxc's thread when it has read pages; raises if it cannot have read all of them.
     """
 
-    def __init__(self, guest: LoopGuest, outlet: Outlet, save: Save, *, total_pages: int = 0) -> None:
+    def __init__(
+        self,
+        guest: LoopGuest,
+        outlet: Outlet,
+        save: Save,
+        *,
+        total_pages: int = 0,
+        intact: Callable[[], None] = _fine,
+    ) -> None:
         self._guest = guest
         self._outlet = outlet
         self._save = save
         self._total_pages = total_pages
+        self._intact = intact
         self._progress: Progress | None = None
         self._loop = asyncio.get_running_loop()
         self._orders: SimpleQueue[bool] = SimpleQueue()
@@ -321,6 +335,7 @@ class RemusLoop:
         """Decide after each round of the live copy whether the guest is to be stopped for the rest."""
         if self.cut_reason:
             return Precopy.ABORT
+        self._intact()
         if self._progress is not None and self._total_pages:
             done = min(stats.written_pages, self._total_pages) * _PAGE_BYTES
             self._loop.call_soon_threadsafe(self._progress, "memory", done, self._total_pages * _PAGE_BYTES)
@@ -344,6 +359,7 @@ class RemusLoop:
         Returns:
             Whether another checkpoint is to follow.
         """
+        self._intact()  # or the checkpoint never becomes whole on the other host
         self._count += 1
         for record in self._guest.records():
             self._outlet.write(record)

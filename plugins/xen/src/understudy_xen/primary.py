@@ -28,6 +28,7 @@ from understudy_xen.libs import Stream, Way, Xen, save
 from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.loop import RemusLoop
 from understudy_xen.outlet import LinkOutlet, Outlet
+from understudy_xen.pauses import PauseNotes, Pauses
 from understudy_xen.streams.formats import LibxlType
 from understudy_xen.streams.writer import joined, libxl_header, preamble, record
 from understudy_xen.watching import DomainWatch
@@ -50,7 +51,7 @@ class PrimaryParts:
     """What a session on the primary is made of.
 
     `config` returns the domain's configuration, libxl's JSON; `let_go` takes its interfaces off the network, then
-    destroys it and sees it gone, in this order.
+    destroys it and sees it gone, in this order; `pauses` outlives the agent.
     """
 
     xen: Xen
@@ -61,6 +62,7 @@ class PrimaryParts:
     compress: bool
     config: Callable[[], Awaitable[bytes]]
     let_go: Callable[[], Awaitable[None]]
+    pauses: PauseNotes
 
 
 def stream_head(config: bytes) -> bytes:
@@ -82,7 +84,7 @@ class XenPrimary(PrimaryDomain):
         self._outlet: Outlet | None = None
         self._live: LiveGuest | None = None
         self._loop: RemusLoop | None = None
-        self._pauses = _Pauses(parts.xen, parts.domid)
+        self._pauses = Pauses(parts.xen, parts.domid, parts.pauses)
         self._services = Services((GUEST_PAUSE, self._pauses))
 
     @property
@@ -123,7 +125,7 @@ class XenPrimary(PrimaryDomain):
         live = self._live = LiveGuest(parts.xen, parts.domid, parts.model, way=parts.way)
         _log.info("domain %d is asked to suspend by %s", parts.domid, live.way.value)
         saving = partial(save, parts.xen, parts.domid, stream=Stream.REMUS)
-        return RemusLoop(live, outlet, saving, total_pages=parts.pages)
+        return RemusLoop(live, outlet, saving, total_pages=parts.pages, intact=self._watch.intact)
 
     async def checkpoint(self, epoch: int, phases: Phases) -> Checkpoint:
         """Make the next checkpoint and see it acknowledged.
@@ -191,6 +193,18 @@ class XenPrimary(PrimaryDomain):
         self._cut("the guest is fenced")
         await self._pauses.freeze()
 
+    async def retire(self) -> None:
+        """Leave replication with a domain that has shut down; it stays, dead, with its interfaces on their bridges.
+
+        So what its gates hold can still leave.
+
+        Raises:
+            HypervisorError: libxc does not let go of it.
+        """
+        self._cut("the guest has shut down")
+        if self._loop is not None:
+            await self._loop.join(_RETURN_S)
+
     async def discard(self) -> None:
         """Take its interfaces off the network, then destroy the domain and see it gone."""
         self._cut("the guest is discarded")
@@ -214,44 +228,6 @@ class XenPrimary(PrimaryDomain):
         if outlet is not None:
             await asyncio.to_thread(outlet.close)
         await self._watch.close()
-
-
-class _Pauses:
-    # Who has the domain paused: the hypervisor only counts. The service `understudy.services.GuestPause`.
-
-    def __init__(self, xen: Xen, domid: int) -> None:
-        self._xen = xen
-        self._domid = domid
-        self._held = False  # for a device
-        self._frozen = False  # fenced
-
-    async def pause(self) -> None:
-        """Stop the guest; it may be stopped already."""
-        if not self._held:
-            self._xen.pause(self._domid)
-            self._held = True
-
-    async def proceed(self) -> None:
-        """Let it run again, unless something else keeps it stopped."""
-        if self._held:
-            self._held = False
-            self._xen.unpause(self._domid)
-
-    async def freeze(self) -> None:
-        if not self._frozen:
-            info = self._xen.domain(self._domid)
-            # One that an earlier life of this agent has fenced is paused already.
-            if info is not None and not info.dying and not (info.paused and not self._held):
-                self._xen.pause(self._domid)
-            self._frozen = True
-
-    async def end(self) -> None:
-        # Both holds end; one that an earlier life of this agent left is undone with them.
-        await self.proceed()
-        self._frozen = False
-        info = self._xen.domain(self._domid)
-        if info is not None and info.paused and not info.dying:
-            self._xen.unpause(self._domid)
 
 
 async def whole(work: Coroutine[Any, Any, None]) -> None:

@@ -19,7 +19,6 @@ from understudy_xen.domainconfig import EVENTS, PRESERVE
 from understudy_xen.guestfile import XenConfig
 from understudy_xen.inventory import Domain
 from understudy_xen.libs import Xen
-from understudy_xen.restorer.client import once
 from understudy_xen.xenstore import XenStore
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ _CREATE_S: Final = 55.0
 _XL_S: Final = 20.0
 _GONE_S: Final = 10.0  # for a destroyed domain to be gone; its pages may be mapped a little longer
 _LOOK_S: Final = 0.05
+_WORDS: Final = 200
 
 
 async def create(config: XenConfig) -> None:
@@ -46,9 +46,20 @@ async def create(config: XenConfig) -> None:
 
 
 async def configuration(domid: int) -> bytes:
-    """Return a domain's configuration, libxl's JSON, as the head of a stream has it."""
-    async with once() as libxl:
-        return (await libxl.config(domid)).encode()
+    """Return a domain's configuration, libxl's JSON, as the head of a stream has it.
+
+    Raises:
+        HypervisorError: xl does not tell it.
+    """
+    # xl asks libxl for the same, in a tenth of the time that a process of ours takes to begin.
+    told = await _xl("list", "-l", str(domid), timeout_s=_XL_S)
+    try:
+        config = next(each["config"] for each in json.loads(told) if each["domid"] == domid)
+    except (ValueError, TypeError, KeyError, StopIteration):
+        raise HypervisorError(
+            f"xl does not tell the configuration of domain {domid}: {told[:_WORDS]}"
+        ) from None
+    return json.dumps(config).encode()
 
 
 async def shut_down(xen: Xen, domain: Domain, timeout_s: float) -> None:
@@ -79,8 +90,7 @@ async def destroy(xen: Xen, domid: int) -> None:
         return
     if not info.dying:
         xen.pause(domid)
-        async with once() as libxl:
-            await libxl.destroy(domid)
+        await _xl("destroy", str(domid), timeout_s=_XL_S)
     deadline = time.monotonic() + _GONE_S
     while xen.domain(domid) is not None:
         if time.monotonic() > deadline:

@@ -1,6 +1,7 @@
-"""What happens to a domain without being asked for: it shuts down, crashes, or is gone.
+"""What happens to a domain without being asked for: it shuts down, crashes, is gone, or somebody else saves it.
 
 xenstored tells all that watch ``@releaseDomain`` when any domain shuts down or goes; what it was the hypervisor says.
+Other toolstacks that save it are seen by savers.py.
 
 Source: docs/misc/xenstore.txt (@releaseDomain), xen/include/public/sched.h (SHUTDOWN_*) of Xen 4.17.
 """
@@ -16,6 +17,7 @@ from typing import Final, Self
 from understudy.errors import HypervisorError
 from understudy.hypervisor import DomainEvent, DomainEventKind
 from understudy_xen.libs import ShutdownReason, Xen
+from understudy_xen.savers import Savers
 from understudy_xen.xenstore import XenStore, XenStoreError
 
 __all__ = ["DomainWatch"]
@@ -52,13 +54,26 @@ class DomainWatch:
         self._queue: asyncio.Queue[DomainEvent] = asyncio.Queue()
         self._told: set[DomainEventKind] = set()
         self._task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._savers = Savers(domid, self._saved)
 
     @classmethod
     def begin(cls, xen: Xen, domid: int) -> Self:
         """Look after a domain from now on."""
         watch = cls(xen, domid)
-        watch._task = asyncio.get_running_loop().create_task(watch._look_after(), name=f"xen: domain {domid}")
+        watch._task = watch._loop.create_task(watch._look_after(), name=f"xen: domain {domid}")
+        if (told := watch._savers.fileno()) >= 0:
+            watch._loop.add_reader(told, watch._savers.look)
         return watch
+
+    def intact(self) -> None:
+        """See that nobody else has begun to save the domain since this object was made; from any thread.
+
+        Raises:
+            HypervisorError: Somebody has, and was ended. What libxc read of the domain since may lack pages.
+        """
+        if found := self._savers.look():
+            raise HypervisorError(found)
 
     async def events(self) -> AsyncIterator[DomainEvent]:
         """Yield what happens, each thing once."""
@@ -72,6 +87,9 @@ class DomainWatch:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        if (told := self._savers.fileno()) >= 0:
+            self._loop.remove_reader(told)
+        self._savers.close()
 
     async def _look_after(self) -> None:
         while True:
@@ -86,7 +104,13 @@ class DomainWatch:
             self._look()
             await asyncio.sleep(_AGAIN_S)
 
+    def _saved(self, found: str) -> None:
+        # In whatever thread has found it.
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._tell, DomainEventKind.STREAM_LOST, found)
+
     def _look(self) -> None:
+        self._savers.look()
         try:
             info = self._xen.domain(self._domid)
         except HypervisorError as error:
