@@ -23,6 +23,7 @@ from understudy.errors import GuestNotFound, HypervisorError, StateError
 from understudy_xen import inventory, toolstack
 from understudy_xen.domainconfig import EVENTS, INCOMING, PRESERVE, DomainConfig
 from understudy_xen.hostview import bridge_problem, path_problem, script_problem
+from understudy_xen.interop.ending import whole
 from understudy_xen.interop.remus import BANNER
 from understudy_xen.libs import open_xen
 from understudy_xen.receiver import Receiver
@@ -103,7 +104,7 @@ async def receive(
         return config.name, domid, loaded
     except BaseException:
         if restorer is not None:
-            await asyncio.shield(_undo(restorer, config))
+            await whole(_undo(restorer, config))
         raise
     finally:
         if restorer is not None:

@@ -25,6 +25,7 @@ from understudy.device import no_progress
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
 from understudy_xen.devicemodel import DeviceModel
+from understudy_xen.interop.ending import whole
 from understudy_xen.libs import DomainType, Stream, SuspendFailed, Xen, open_xen, save
 from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.loop import RemusLoop, Taken
@@ -119,7 +120,7 @@ async def run_remus(
             await sender.begin(command, head, domain.info.pages)
             await sender.checkpoints(interval_ms, count, tell)
         finally:
-            await asyncio.shield(sender.end(tell_end))
+            await whole(sender.end(tell_end))
 
 
 class _Sender:
@@ -144,12 +145,8 @@ class _Sender:
         while not count or number < count:
             await asyncio.sleep(interval_ms / 1000)
             number += 1
-            taking = asyncio.ensure_future(self._loop.take(number, _NoDevices()))
-            try:
-                taken = await asyncio.shield(taking)
-            except asyncio.CancelledError:
-                await asyncio.wait({taking})  # only between two checkpoints can the receiver be told anything
-                raise
+            # Only between two checkpoints can the receiver be told anything.
+            taken = await whole(self._loop.take(number, _NoDevices()))
             tell(_figures(number, taken, before_ns))
             before_ns = taken.acknowledged_ns
 

@@ -18,6 +18,7 @@ from typing import Final
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
 from understudy_xen.devicemodel import DeviceModel
+from understudy_xen.interop.ending import whole
 from understudy_xen.libs import DomainType, Precopy, PrecopyStats, Stream, Xen, open_xen, save
 from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.primary import stream_head
@@ -65,22 +66,26 @@ async def save_to(name: str, file: Path, *, keep: bool) -> int:
             size = await asyncio.to_thread(_put, draft, file)
         except BaseException:
             saving.given_up = True
-            with suppress(BaseException):
-                await asyncio.wait({work})
-                work.exception()
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
-            await asyncio.shield(asyncio.to_thread(live.bring_back, SUSPEND_S))
-            live.close()
+            await whole(_undo(live, work, draft))
             raise
         try:
             if keep:
-                await asyncio.shield(asyncio.to_thread(live.bring_back, SUSPEND_S))
+                await whole(asyncio.to_thread(live.bring_back, SUSPEND_S))
             else:
-                await asyncio.shield(toolstack.destroy(xen, domain.domid))
+                await whole(toolstack.destroy(xen, domain.domid))
         finally:
             live.close()
         return size
+
+
+async def _undo(live: LiveGuest, work: asyncio.Future[None], draft: Path) -> None:
+    try:
+        await asyncio.wait({work})
+        with suppress(OSError):
+            await asyncio.to_thread(draft.unlink, missing_ok=True)
+        await asyncio.to_thread(live.bring_back, SUSPEND_S)
+    finally:
+        live.close()
 
 
 class _Saving:

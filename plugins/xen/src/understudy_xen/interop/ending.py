@@ -1,0 +1,36 @@
+"""Bring an end to its end: what must not be left half-way, whoever is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+__all__ = ["whole"]
+
+T = TypeVar("T")
+
+
+async def whole(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, and let no cancellation of the caller reach it, however often; a second Ctrl-C is one.
+
+    Args:
+        work: Has deadlines of its own.
+
+    Raises:
+        BaseException: What `work` raises.
+        CancelledError: The caller was cancelled meanwhile; `work` has come to its end before.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        with suppress(Exception):
+            task.result()
+        raise asyncio.CancelledError
+    return task.result()
