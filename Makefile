@@ -29,11 +29,11 @@ setup:
 demo: setup
 	@$(ROOT) $(BIN)/understudy demo
 
-test: export UNDERSTUDY_REQUIRE ?= qemu,kernel
+test: export UNDERSTUDY_REQUIRE ?= qemu,kernel,xen
 test: setup
 	@$(ROOT) $(BIN)/python -m tests.phases $(PYTEST_ARGS)
 
-test-long: export UNDERSTUDY_REQUIRE ?= qemu,kernel
+test-long: export UNDERSTUDY_REQUIRE ?= qemu,kernel,xen
 test-long: export UNDERSTUDY_ROUNDS := long
 test-long: setup
 	@$(ROOT) $(BIN)/python -m tests.phases --timeout 1800 $(PYTEST_ARGS)
