@@ -95,8 +95,9 @@ class Plugins:
         from importlib.metadata import entry_points  # noqa: PLC0415 - slow, and `understudy --version` needs none
 
         plugins = cls()
-        own = [point for point in entry_points(group=PROJECT) if _distribution(point) == PROJECT]
-        others = [point for point in entry_points(group=PROJECT) if _distribution(point) != PROJECT]
+        points = entry_points(group=PROJECT)  # reads the metadata of all that is installed
+        own = [point for point in points if _distribution(point) == PROJECT]
+        others = [point for point in points if _distribution(point) != PROJECT]
         # The core's own come first, so that nobody can take their names.
         for point in (*sorted(own, key=_by_origin), *sorted(others, key=_by_origin)):
             is_ours = _distribution(point) == PROJECT
