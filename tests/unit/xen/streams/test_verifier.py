@@ -103,9 +103,9 @@ WRONG: dict[str, tuple[bytes, bytes, int, str]] = {
     "HVM_CONTEXT without END": (HVM, blob(HEADER), 8 + 32, "does not end"),
     "HVM_CONTEXT with an entry too long": (
         HVM,
-        blob(HEADER, pack("<HHI", 2, 0, 99), BLOB_END),
+        blob(HEADER, pack("<HHI", 2, 0, 9), BLOB_END),
         40,
-        "claims 99",
+        "claims 9 bytes",
     ),
     "HVM_CONTEXT with another magic": (
         HVM,
