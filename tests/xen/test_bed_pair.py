@@ -25,7 +25,7 @@ from tests.testbeds.xen.pair import XenPair, XenPlace
 pytestmark = [pytest.mark.xen, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
 
 SWAPS = rounds(25, 400)  # of each racer
-GUEST_S = 180.0  # a deadline; a guest is up in 8 s, with a machine that has nothing else to do
+GUEST_S = 600.0  # a deadline; on an idle machine a PVH guest is up in 8 s and an HVM guest in 25 s
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -163,16 +163,18 @@ async def test_a_guest_is_kept_after_its_end(pair: XenPair) -> None:
     await pair.beta.run("xl", "destroy", "dead")
 
 
-@pytest.mark.parametrize(("kind", "arguments"), [("pv", ""), ("emulated", "xen_nopv pci=noacpi")])
-async def test_an_hvm_guest(pair: XenPair, kind: str, arguments: str) -> None:
+@pytest.mark.timeout(900)
+async def test_an_hvm_guest(pair: XenPair) -> None:
     address = "10.9.0.51"
-    nic = Nic(mac="00:16:3e:00:00:33", more=("model=e1000",))
-    config = linux("full", kind="hvm", memory_mib=128, address=address, nics=(nic,), arguments=arguments)
-    await create(pair.beta, config)
+    nic = Nic(mac="00:16:3e:00:00:33")
+    await create(pair.beta, linux("full", kind="hvm", memory_mib=128, address=address, nics=(nic,)))
     with await answer(pair, address) as counter:
         assert (await ask(counter, 1))[:3] == ["1", "1", "1"]
     driver = await in_guest(pair, address, "readlink /sys/class/net/eth0/device/driver")
-    assert Path(driver.strip()).name == ("vif" if kind == "pv" else "e1000")
+    assert Path(driver.strip()).name == "vif"
+    # It has a device model of its own, and says where.
+    domain = (await pair.beta.run("xl", "domid", "full")).output.strip()
+    await pair.beta.run("test", "-S", f"/var/run/xen/qmp-libxl-{domain}")
     await pair.beta.run("xl", "destroy", "full")
 
 
