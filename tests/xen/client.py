@@ -8,6 +8,7 @@ before: whatever a client has seen counted stays counted, and nothing is counted
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,9 +43,11 @@ class CounterClient:
     Args:
         pair: The network.
         address: Of the guest.
+        connect_s: How long it may take to boot.
     """
 
-    def __init__(self, pair: XenPair, *, address: str = GUEST) -> None:
+    def __init__(self, pair: XenPair, *, address: str = GUEST, connect_s: float = _CONNECT_S) -> None:
+        self._connect_s = connect_s
         self._pair = pair
         self._address = address
         self.sent = 0
@@ -55,16 +58,7 @@ class CounterClient:
         self._writer: asyncio.StreamWriter | None = None
 
     async def __aenter__(self) -> Self:
-        deadline = time.monotonic() + _CONNECT_S
-        while True:
-            try:
-                sock = await asyncio.to_thread(self._pair.client.connect, self._address, COUNTER_PORT, 3.0)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.3)
-        reader, self._writer = await asyncio.open_connection(sock=sock)
+        reader, self._writer = await asyncio.open_connection(sock=await self._connected())
         self._tasks = [
             asyncio.create_task(self._talk(self._writer)),
             asyncio.create_task(self._listen(reader)),
@@ -77,6 +71,16 @@ class CounterClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._writer is not None:
             self._writer.transport.abort()
+
+    async def _connected(self) -> socket.socket:
+        deadline = time.monotonic() + self._connect_s
+        while True:
+            try:
+                return await asyncio.to_thread(self._pair.client.connect, self._address, COUNTER_PORT, 3.0)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.3)
 
     async def more(self, count: int, *, timeout_s: float) -> list[Reply]:
         """Wait for `count` further replies and return them.
