@@ -31,6 +31,7 @@ from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.loop import RemusLoop, Taken
 from understudy_xen.outlet import Blackhole, Outlet, ProgramOutlet
 from understudy_xen.primary import stream_head
+from understudy_xen.savers import Savers
 from understudy_xen.streams.writer import abandonment
 from understudy_xen.xenstore import XenStore
 
@@ -131,12 +132,17 @@ class _Sender:
         self._live = live
         self._outlet: Outlet | None = None
         self._loop: RemusLoop | None = None
+        self._savers = Savers(live.domid, lambda _: None)
+
+    def _intact(self) -> None:
+        if found := self._savers.look():
+            raise HypervisorError(found)
 
     async def begin(self, command: list[str] | None, head: bytes, pages: int) -> None:
         outlet = self._outlet = await asyncio.to_thread(_outlet, command)
         await asyncio.to_thread(outlet.write, head)
         saving = partial(save, self._xen, self._live.domid, stream=Stream.REMUS)
-        self._loop = RemusLoop(self._live, outlet, saving, total_pages=pages)
+        self._loop = RemusLoop(self._live, outlet, saving, total_pages=pages, intact=self._intact)
         await self._loop.copy(_nothing, no_progress)
 
     async def checkpoints(self, interval_ms: float, count: int, tell: Callable[[RemusFigures], None]) -> None:
@@ -163,6 +169,7 @@ class _Sender:
             fate = await asyncio.to_thread(self._part)
         finally:
             self._live.close()
+            self._savers.close()
             if self._outlet is not None:
                 await asyncio.to_thread(self._outlet.close)
             tell(fate)
