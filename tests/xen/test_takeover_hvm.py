@@ -1,4 +1,4 @@
-"""As test_takeover.py, with an HVM guest: its QEMU's state travels with every checkpoint, to be loaded at a takeover."""
+"""As test_takeover.py, with an HVM guest: the state of its QEMU travels with every checkpoint and is loaded at the end."""
 
 from __future__ import annotations
 
