@@ -198,10 +198,17 @@ class XenHypervisor(Hypervisor):
                 await self.discard(domain)
 
     async def discard(self, domain: Domain) -> None:
-        """Bring a domain's interfaces down and off their bridges, then destroy it and see it gone; in this order."""
+        """Bring a domain's interfaces down and off their bridges, then destroy it; in this order.
+
+        What its gates hold is dropped in between: those packets lie in the guest's memory, and until they are gone the
+        kernel's netback cannot let go of the interface. It waits in the one thread that makes and ends the devices of
+        all domains.
+        """
         for nic in domain.nics:
             for interface in (nic.interface, f"{nic.interface}-emu"):
                 await interfaces.close_way_out(interface)
+            for queue in await toolstack.queues(nic.interface):
+                await interfaces.close_way_out(queue)
         await toolstack.destroy(self.xen, domain.domid)
 
     async def destroy(self, config: XenConfig, *, guest: bool) -> None:

@@ -96,6 +96,7 @@ class DomainWatch:
             try:
                 async with await XenStore.open() as store, store.watch("@releaseDomain") as watch:
                     while True:
+                        await self._look_for_destroyer(store)
                         self._look()
                         await watch.next(_LOOK_S)
             except XenStoreError as lost:
@@ -108,6 +109,20 @@ class DomainWatch:
         # In whatever thread has found it.
         with suppress(RuntimeError):  # the event loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._tell, DomainEventKind.STREAM_LOST, found)
+
+    async def _look_for_destroyer(self, store: XenStore) -> None:
+        # libxl pauses a domain, has its interfaces closed, and then destroys it. The kernel closes an interface when
+        # the last packet has left its gate: waited for, the end would be told when a suspend is overdue.
+        try:
+            info = self._xen.domain(self._domid)
+        except HypervisorError:
+            return  # told by whoever looks next
+        if info is None or not info.paused:
+            return
+        backends = f"/local/domain/0/backend/vif/{self._domid}"
+        for devid in await store.children(backends):
+            if await store.get(f"{backends}/{devid}/online") == "0":
+                self._tell(DomainEventKind.GONE, f"domain {self._domid} is being destroyed")
 
     def _look(self) -> None:
         self._savers.look()
