@@ -79,8 +79,11 @@ class Recovery:
         record = tenure.record = await self._read(tenure)
         try:
             # A read entitles nobody: around a guest that lives here nothing is opened before this agent's own
-            # swap to `alone`. One to `protected` that its predecessor sent may still be on its way.
-            alone = record is not None and record.state is RecordState.ALONE
+            # swap to `alone`. One to `protected` that its predecessor sent may still be on its way. What lives here
+            # although another host is alone with it is discarded, and its gate with it.
+            alone = (
+                record is not None and record.state is RecordState.ALONE and record.owner == self._agent.host
+            )
             if not alone or await hypervisor.state(config) is GuestState.ABSENT:
                 await self._clean(tenure, config, hypervisor, record)
             await self._resume(tenure, config, hypervisor, record)
