@@ -16,7 +16,6 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,6 +69,7 @@ class XenSecondary(SecondaryDomain):
         self._receiver: Receiver | None = None
         self._restoring: asyncio.Task[int] | None = None
         self._pipe = -1  # its writing end, until the receiver has it
+        self._placed = False  # there was no domain of either name before
         self._domid = 0
         self._severed = False
         self._promoted = False
@@ -94,6 +94,7 @@ class XenSecondary(SecondaryDomain):
             HypervisorError: A domain of this name is in the way, or libxl cannot be used here.
         """
         await self._parts.check()
+        self._placed = True
         source, self._pipe = os.pipe2(os.O_CLOEXEC)
         try:
             self._restorer = await Restorer.start(stream_fd=source)
@@ -110,6 +111,9 @@ class XenSecondary(SecondaryDomain):
         if self._restorer is None:
             raise StateError("the copy has not been launched")
         sock = await channels.accept(CHANNEL, timeout_s=_COPY_S)
+        if self._severed:
+            sock.close()
+            raise HypervisorError("the stream was severed before it began")
         receiver = self._receiver = Receiver(
             sock,
             hold_limit_bytes=self._parts.config.hold_limit_bytes,
@@ -206,10 +210,18 @@ class XenSecondary(SecondaryDomain):
         await self._parts.became_guest(self._domid, won)
 
     async def discard(self) -> None:
-        """Kill the restore and destroy the copy. Idempotent; also right when `launch` failed half-way."""
+        """Kill the restore and destroy the copy. Idempotent; also right when `launch` failed half-way.
+
+        Guarantees:
+            A domain that was in the way of `launch` is not touched.
+        """
         self._severed = True
         await self._end()
-        await self._parts.destroy(self._promoted)
+        if self._placed:
+            await self._parts.destroy(False)  # noqa: FBT003 - the copy
+        if self._domid:
+            # It may have got the guest's name although the answer was lost.
+            await self._parts.destroy(True)  # noqa: FBT003 - the guest
 
     def watch(self) -> AsyncIterator[DomainEvent]:
         """Yield what happens unasked, until `close`."""
@@ -225,17 +237,21 @@ class XenSecondary(SecondaryDomain):
         await self._end()
 
     async def _end(self) -> None:
+        # Each takes its turn whatever becomes of the one before: a process that does not die is told of at the end.
         restorer, self._restorer = self._restorer, None
-        if restorer is not None:
-            await restorer.kill()
         receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            await receiver.close()
         restoring, self._restoring = self._restoring, None
-        if restoring is not None:
-            restoring.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await restoring
         pipe, self._pipe = self._pipe, -1
-        if pipe >= 0:
-            os.close(pipe)
+        try:
+            if restorer is not None:
+                await restorer.kill()
+        finally:
+            try:
+                if receiver is not None:
+                    await receiver.close()
+            finally:
+                if pipe >= 0:
+                    os.close(pipe)
+                if restoring is not None:
+                    restoring.cancel()
+                    await asyncio.wait([restoring])

@@ -141,7 +141,13 @@ def receive_command(*, hold_limit: str, silence_s: float) -> None:
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--hold-limit") from None
     name, domid, loaded = _run(
-        receive(sys.stdin.fileno(), sys.stdout.fileno(), hold_limit_bytes=limit_bytes, silence_s=silence_s),
+        receive(
+            sys.stdin.fileno(),
+            sys.stdout.fileno(),
+            hold_limit_bytes=limit_bytes,
+            silence_s=silence_s,
+            copied=lambda name: click.echo(f"{name}: the first copy is whole, checkpoints follow", err=True),
+        ),
         "nothing is left of the copy",
     )
     click.echo(

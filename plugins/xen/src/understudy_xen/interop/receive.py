@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -46,7 +47,12 @@ _DEFAULT_BRIDGE: Final = "xenbr0"
 
 
 async def receive(
-    source: int, target: int, *, hold_limit_bytes: int, silence_s: float
+    source: int,
+    target: int,
+    *,
+    hold_limit_bytes: int,
+    silence_s: float,
+    copied: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, int, int]:
     """Take a stock sender's stream until it ends.
 
@@ -55,6 +61,7 @@ async def receive(
         target: Descriptor that the sender reads, standard output.
         hold_limit_bytes: How much of checkpoints may be held.
         silence_s: After so long without a byte the sender is taken for lost, seconds; 0: never, only its end counts.
+        copied: Told the copy's name when the first copy is whole: from then on a checkpoint is held until it is.
 
     Returns:
         The copy's name, its domain, and how many checkpoints it holds beyond the first copy. It is paused.
@@ -95,6 +102,7 @@ async def receive(
             restoring.result()
             raise HypervisorError("libxl ended the restore before the first copy was whole")
         await copying
+        copied(config.name)
         await _first(restoring, lost)
         loaded = receiver.cut()
         await receiver.hand_over(_TAKE_S)
