@@ -15,7 +15,8 @@ SCRIPT = "vif-understudy"
 BACKEND = "backend/vif/3/0"
 FRONTEND = "/local/domain/3/device/vif/0"
 ADDRESS = "fe:ff:ff:ff:ff:ff"
-SET = f"address {ADDRESS} master xenbr0 up"
+AGAIN = "master xenbr0 up"  # neither name nor address can be changed of one that is up
+SET = f"address {ADDRESS} {AGAIN}"
 READ = f"xenstore-ls {BACKEND}"
 CONNECT = f"xenstore-write {FRONTEND}/mtu 1500 {BACKEND}/hotplug-status connected"
 
@@ -102,10 +103,10 @@ def host(tmp_path: Path) -> Host:
 
 
 def test_a_vif_comes_up_by_three_commands_and_again_by_the_same(host: Host) -> None:
-    for _ in range(2):
+    for set_ in (SET, AGAIN):
         ended = host.online()
         assert (ended.status, ended.stderr, ended.results) == (0, "", {})
-        assert ended.calls == (READ, f"ip link set dev vif3.0 mtu 1500 {SET}", CONNECT)
+        assert ended.calls == (READ, f"ip link set dev vif3.0 mtu 1500 {set_}", CONNECT)
         assert host.link("vif3.0") == UP
         assert (host.told("hotplug-status"), host.frontend_mtu()) == ("connected", "1500")
 
@@ -179,7 +180,7 @@ def test_an_mtu_that_it_does_not_take_is_told_and_costs_nothing_else(host: Host,
 def test_a_vif_is_renamed_within_the_same_command_and_found_by_its_backend(host: Host) -> None:
     host.keep(vifname="web0")
     ended = host.online()
-    assert ended.calls[1] == f"ip link set dev vif3.0 name web0 mtu 1500 {SET}"
+    assert ended.calls[1] == f"ip link set dev vif3.0 mtu 1500 name web0 {SET}"
     assert (ended.status, ended.stderr, host.link("web0")) == (0, "", UP)
     again = host.online()
     assert (again.status, again.stderr, host.link("web0")) == (0, "", UP)
