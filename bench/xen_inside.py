@@ -131,18 +131,7 @@ def main(turns: int, interval_ms: int) -> None:
     interval = str(interval_ms)
     commands = {
         "stock": ["xl", "remus", "-F", "-n", "-d", "-b", "-i", interval, "web", "none"],
-        "ours": [
-            "understudy",
-            "xen",
-            "remus",
-            "web",
-            "-b",
-            "-i",
-            interval,
-            "--allow-unsafe",
-            "--format",
-            "json",
-        ],
+        "ours": ["understudy", "xen", "remus", "web", "-b", "-i", interval, "--allow-unsafe", "-q"],
     }
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in commands}
     with open_xen() as xen:

@@ -94,18 +94,15 @@ class Taken:
 class _Round:
     # What the checkpoint that is under way belongs to.
     answer: asyncio.Future[Taken]
-    stopped: Phase
-    resuming: Phase
-    resumed: Phase
+    # ``None``: there is nothing to do, and the event loop need not be waited for.
+    stopped: Phase | None = None
+    resuming: Phase | None = None
+    resumed: Phase | None = None
     marks_ns: dict[str, int] = field(default_factory=dict)
     after: Future[None] | None = None
 
     def mark(self, name: str) -> None:
         self.marks_ns[name] = time.monotonic_ns()
-
-
-async def _nothing() -> None:
-    pass
 
 
 def _fine() -> None:
@@ -168,11 +165,11 @@ class RemusLoop:
 
     # --- The event loop's side ---------------------------------------------------------------------------------------
 
-    async def copy(self, stopped: Phase, progress: Progress) -> Ack:
+    async def copy(self, stopped: Phase | None, progress: Progress) -> Ack:
         """Begin: copy the running guest, and stop it for the rest.
 
         Args:
-            stopped: Awaited while the guest is stopped, before the last of its pages are copied.
+            stopped: Awaited while the guest is stopped, before the last of its pages are copied; ``None``: nothing is.
             progress: Told how much is copied.
 
         Raises:
@@ -185,17 +182,16 @@ class RemusLoop:
             raise StateError("this loop was begun before")
         self._progress = progress
         self._thread = threading.Thread(target=self._run, name="xen: save", daemon=True)
-        taken = await self._await(
-            _Round(self._loop.create_future(), stopped, _nothing, _nothing), self._thread.start
-        )
+        taken = await self._await(_Round(self._loop.create_future(), stopped), self._thread.start)
         return taken.ack
 
-    async def take(self, epoch: int, phases: Phases) -> Taken:
+    async def take(self, epoch: int, phases: Phases | None) -> Taken:
         """Make one checkpoint and wait for its acknowledgement.
 
         Args:
             epoch: Number of the epoch that it ends.
-            phases: Called at their times: postsuspend and preresume while the guest is stopped, postresume after.
+            phases: Called at their times: postsuspend and preresume while the guest is stopped, postresume after;
+                ``None`` where there are no devices.
 
         Raises:
             HypervisorError: Nothing was acknowledged. The guest may be suspended.
@@ -207,12 +203,11 @@ class RemusLoop:
             self._resting = False
             self._orders.put(True)  # noqa: FBT003 - go on
 
-        ours = _Round(
-            self._loop.create_future(),
-            partial(_run, phases.postsuspend, epoch),
-            partial(_run, phases.preresume, epoch),
-            partial(_run, phases.postresume, epoch),
-        )
+        ours = _Round(self._loop.create_future())
+        if phases is not None:
+            ours.stopped = partial(_run, phases.postsuspend, epoch)
+            ours.resuming = partial(_run, phases.preresume, epoch)
+            ours.resumed = partial(_run, phases.postresume, epoch)
         taken = await self._await(ours, begin)
         if ours.after is not None:
             await asyncio.wrap_future(ours.after)
@@ -322,14 +317,18 @@ class RemusLoop:
         ours.mark("asked")
         self._guest.suspend()
         ours.mark("stopped")
-        self._stopping = self._in_loop(ours.stopped())
+        if ours.stopped is not None:
+            self._stop_devices(ours.stopped)
+        ours.mark("barriers")
+
+    def _stop_devices(self, stopped: Phase) -> None:
+        self._stopping = self._in_loop(stopped())
         try:
             self._stopping.result()
         except CancelledError:
             raise HypervisorError(f"the stream was cut: {self.cut_reason}") from None
         finally:
             self._stopping = None
-        ours.mark("barriers")
 
     def precopy(self, stats: PrecopyStats) -> Precopy:
         """Decide after each round of the live copy whether the guest is to be stopped for the rest."""
@@ -346,12 +345,14 @@ class RemusLoop:
         """Let the guest run on: libxc has written all of the checkpoint."""
         ours = self._need_round()
         ours.mark("copied")
-        self._in_loop(ours.resuming()).result()
+        if ours.resuming is not None:
+            self._in_loop(ours.resuming()).result()
         ours.mark("permitted")
         self._guest.resume()
         ours.mark("resumed")
-        # Beside the rest of the stream: the acknowledgement must not wait for it.
-        ours.after = self._in_loop(ours.resumed())
+        if ours.resumed is not None:
+            # Beside the rest of the stream: the acknowledgement must not wait for it.
+            ours.after = self._in_loop(ours.resumed())
 
     def checkpoint(self) -> bool:
         """Write what libxl's layer adds, wait for the acknowledgement, rest until told to go on.

@@ -58,8 +58,9 @@ def xen() -> None:
     "--count", type=click.IntRange(0), default=0, help="End after so many checkpoints.  [default: never]"
 )
 @click.option("--allow-unsafe", is_flag=True, help="Although nothing is acknowledged.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing of each checkpoint.")
 @_FORMAT
-def remus(
+def remus(  # noqa: PLR0913 - one argument per option
     domain: str,
     host: str | None,
     *,
@@ -68,6 +69,7 @@ def remus(
     command: str | None,
     count: int,
     allow_unsafe: bool,
+    quiet: bool,
     output: str,
 ) -> None:
     """Checkpoint the running DOMAIN to a stock receiver on HOST, until Ctrl-C; the guest runs on then.
@@ -84,6 +86,8 @@ def remus(
     words = shlex.split(command) if command else ["ssh", str(host), "xl", "migrate-receive", "-r", "-e"]
 
     def tell(figures: RemusFigures) -> None:
+        if quiet:
+            return
         if output == "json":
             click.echo(json.dumps(asdict(figures)))
         else:

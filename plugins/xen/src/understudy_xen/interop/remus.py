@@ -66,22 +66,6 @@ class RemusFigures:
     cycle_ms: float  #: since the checkpoint before
 
 
-class _NoDevices:
-    # Nothing is held and nothing is replicated: there are no phases.
-
-    async def postsuspend(self, epoch: int) -> None:
-        pass
-
-    async def checkpoint(self, epoch: int) -> None:
-        pass
-
-    async def preresume(self, epoch: int) -> None:
-        pass
-
-    async def postresume(self, epoch: int) -> None:
-        pass
-
-
 async def run_remus(
     name: str,
     *,
@@ -143,7 +127,7 @@ class _Sender:
         await asyncio.to_thread(outlet.write, head)
         saving = partial(save, self._xen, self._live.domid, stream=Stream.REMUS)
         self._loop = RemusLoop(self._live, outlet, saving, total_pages=pages, intact=self._intact)
-        await self._loop.copy(_nothing, no_progress)
+        await self._loop.copy(None, no_progress)
 
     async def checkpoints(self, interval_ms: float, count: int, tell: Callable[[RemusFigures], None]) -> None:
         assert self._loop is not None  # noqa: S101 - `begin` came before
@@ -152,7 +136,7 @@ class _Sender:
             await asyncio.sleep(interval_ms / 1000)
             number += 1
             # Only between two checkpoints can the receiver be told anything.
-            taken = await whole(self._loop.take(number, _NoDevices()))
+            taken = await whole(self._loop.take(number, None))
             tell(_figures(number, taken, before_ns))
             before_ns = taken.acknowledged_ns
 
@@ -216,7 +200,3 @@ def _outlet(command: list[str] | None) -> Outlet:
         outlet.close()
         raise
     return outlet
-
-
-async def _nothing() -> None:
-    pass

@@ -231,6 +231,10 @@ class Restorer:
                 self._take(json.loads(line))
         except (OSError, ValueError) as error:
             self._lose(str(error))
+        # With its exit status: a stream that libxl does not stand ends with a signal.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KILL_S):
+                await self._process.wait()
         self._lose("it has ended")
 
     def _take(self, said: dict[str, Any]) -> None:
@@ -243,6 +247,8 @@ class Restorer:
                     self._ready.set_exception(XenUnavailable(problem, remedy))
             case {"event": "log", "level": level, "context": context, "text": text}:
                 _log.log(level, "%s: %s", context, text)
+                if level >= logging.ERROR:
+                    self._tail.append(text)  # what it says before it ends by a fault
             case {"event": "progress", "doing": doing, "done": done, "total": total}:
                 if self.on_progress is not None:
                     self.on_progress(doing, done, total)
@@ -279,7 +285,7 @@ class Restorer:
 
     def _said(self) -> str:
         status = self._process.returncode
-        ended = "" if status is None else f"; exit status {status}"
+        ended = "" if status is None else f"; exit status {status}" if status >= 0 else f"; signal {-status}"
         return ended + (f"; its last words: {' | '.join(self._tail)}" if self._tail else "")
 
 
