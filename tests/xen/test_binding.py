@@ -78,11 +78,12 @@ def seen(condition: Callable[[], object], what: str, timeout_s: float = PATIENT_
         time.sleep(0.05)
 
 
-def counted(name: str = "web") -> int:
-    log = Path(f"/var/log/xen/guest-{name}.log")
-    lines = (
-        [line for line in log.read_text().splitlines() if line.startswith("COUNT ")] if log.exists() else []
-    )
+CONSOLE = Path("/var/log/xen/guest-web.log")
+
+
+def counted() -> int:
+    text = CONSOLE.read_text() if CONSOLE.exists() else ""
+    lines = [line for line in text.splitlines() if line.startswith("COUNT ")]
     # The last line may be written just now.
     return int(lines[-2].split()[1]) if len(lines) > 1 else 0
 
@@ -103,6 +104,7 @@ def web(xen: Xen) -> Iterator[int]:
     image = Path("/run/web.img")
     with image.open("wb") as file:
         file.truncate(8 << 20)
+    CONSOLE.unlink(missing_ok=True)  # what an earlier guest of this name has said
     domid = start(
         linux(
             "web", nics=(Nic(),), disks=(f"format=raw,vdev=xvda,access=rw,backendtype=qdisk,target={image}",)

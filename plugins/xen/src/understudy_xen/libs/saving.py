@@ -172,6 +172,11 @@ class _Bridge:
         return self._run(switch, -1)
 
 
+def _say(level: int, context: str, text: str) -> None:
+    # Its errors are told by whoever catches ours. And it says "Save failed" of every end that a callback wished.
+    _log.log(logging.DEBUG if level >= logging.ERROR else level, "%s: %s", context, text)
+
+
 def save(
     xen: Xen,
     domid: int,
@@ -238,7 +243,7 @@ def _save(
     recv_fd: int,
     progress: Progress | None,
 ) -> None:
-    log = ToolLog(lambda level, context, text: _log.log(level, "%s: %s", context, text), progress)
+    log = ToolLog(_say, progress)
     handle = open_handle(xen.libraries, log.address)
     bridge = _Bridge(callbacks, log.stop_progress)
     function = xen.libraries.guest["xc_domain_save"]
