@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.testbeds.rounds import rounds
+from tests.testbeds.rounds import LONG, rounds
 
 pytest_plugins = ("tests.phases", "tests.testbeds.kernel.plugin", "tests.testbeds.xen.plugin")
 
@@ -28,3 +29,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Whoever ends the tests politely, as timeout(1) does, gets the fixtures' cleaning, too: QEMUs, kernels, interfaces.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out of a short run what its long form alone has: no test of this run, so it is not skipped, either."""
+    left_out = [item for item in items if not LONG and item.get_closest_marker("long") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -202,12 +202,12 @@ def record(path: Path, guest: Counting) -> Recorded:
 
 
 async def _record(path: Path, config: Path, guest: Counting) -> None:
-    create = ["xl", "create", "-q", "-e", str(config)]
+    create = ["xl", "create", "-q", "-e", "-p", str(config)]
     await asyncio.to_thread(
         partial(subprocess.run, create, check=True, timeout=_CREATE_S, stdout=subprocess.DEVNULL)
     )
     with open_xen() as xen:
-        async with await XenStore.open() as store:
+        async with await XenStore.open(deadline_s=_CREATE_S) as store:
             domain = await inventory.find(store, xen, NAME)
         assert domain is not None
         try:
@@ -219,6 +219,7 @@ async def _record(path: Path, config: Path, guest: Counting) -> None:
             try:
                 outlet.write(head)
                 loop = RemusLoop(live, outlet, partial(save, xen, domain.domid, stream=Stream.REMUS))
+                xen.unpause(domain.domid)  # it needs all of a processor
                 async with asyncio.timeout(_COPY_S):
                     await loop.copy(_nothing, no_progress)
                     for number in range(1, CHECKPOINTS + 1):

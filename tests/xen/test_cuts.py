@@ -165,9 +165,7 @@ async def test_a_cut(cut: Cut, recorded: Recorded, hypervisor: XenHypervisor, tm
     await _cut(cut, recorded, hypervisor, tmp_path)
 
 
-@pytest.mark.skipif(
-    not LONG, reason="a guest with a device model takes a minute to record; see make test-long"
-)
+@pytest.mark.long  # a guest with a device model takes a minute to record
 @pytest.mark.parametrize("cut", EMULATED_CUTS, ids=str)
 async def test_a_cut_before_a_device_model(
     cut: Cut, emulated: Recorded, hypervisor: XenHypervisor, tmp_path: Path

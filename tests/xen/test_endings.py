@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.timeout(3000 if LONG else 1200),
     pytest.mark.asyncio(loop_scope="module"),
 ]
-long_only = pytest.mark.skipif(not LONG, reason="the short run ends the same way once; see make test-long")
 
 STEP_S: Final = 90.0  # for any step; two hosts share two processors with whatever else runs
 LOOK_S: Final = 0.1
@@ -202,7 +201,7 @@ async def test_a_save_by_another_toolstack_is_ended_and_ends_the_protection(
     await story.home.run("rm", "-f", "/run/web.save")
 
 
-@long_only
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_a_stock_remus_of_a_protected_guest_is_ended(story: Story, client: CounterClient) -> None:
     await story.protected()
     stock = await story.home.run("xl", "remus", "-Fnb", "web", "blackhole", check=False, timeout_s=STEP_S)
@@ -212,7 +211,7 @@ async def test_a_stock_remus_of_a_protected_guest_is_ended(story: Story, client:
     await goes_on(client)
 
 
-@long_only
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_a_guest_that_an_administrator_pauses_stays_paused(story: Story, client: CounterClient) -> None:
     await story.protected()
     await story.home.run("xl", "pause", "web")
@@ -326,12 +325,12 @@ async def test_a_guest_that_shuts_down_is_stopped(story: Story) -> None:
     await _ended(story, "poweroff -f")
 
 
-@long_only
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_a_guest_that_reboots_is_stopped(story: Story) -> None:
     await _ended(story, "reboot -f")
 
 
-@long_only
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_a_guest_that_crashes_is_stopped(story: Story) -> None:
     await _ended(story, "echo c >/proc/sysrq-trigger")
 

@@ -1,4 +1,4 @@
-"""As test_takeover.py, with an HVM guest: the state of its QEMU travels with each checkpoint and is loaded at the end."""
+"""As test_takeover.py, with an HVM guest: the state of its QEMU is in each checkpoint, and loaded at the end."""
 
 from __future__ import annotations
 
