@@ -79,7 +79,8 @@ def linux(
     if disks:
         settings["disk"] = list(disks)
     if kind == "hvm":
-        settings |= {"serial": f"file:/var/log/xen/guest-{name}.log", "vga": "none", "sdl": 0, "vnc": 0, "usb": 0, "acpi": 1}
+        settings |= {"serial": f"file:/var/log/xen/guest-{name}.log", "vga": "none", "sdl": 0, "vnc": 0}
+        settings |= {"usb": 0, "acpi": 1}
     return _config(name, kind, memory_mib, preserve=preserve, **{**settings, **more})
 
 
