@@ -164,6 +164,7 @@ async def test_a_guest_is_kept_after_its_end(pair: XenPair) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.long  # test_takeover_hvm.py boots one, too
 async def test_an_hvm_guest(pair: XenPair) -> None:
     address = "10.9.0.51"
     nic = Nic(mac="00:16:3e:00:00:33")

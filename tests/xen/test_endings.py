@@ -247,6 +247,7 @@ async def test_a_lost_link_leaves_one_face(story: Story, client: CounterClient) 
     assert (await story.state())[:2] == ("primary", "alone")
 
 
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_a_forced_failover_of_a_healthy_pair(story: Story, client: CounterClient) -> None:
     await story.protected()
     left = story.home
@@ -280,6 +281,7 @@ async def test_the_primarys_agent_is_killed(story: Story, client: CounterClient)
     assert await story.domains(story.home) == {"web"}
 
 
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_the_secondarys_agent_is_killed(story: Story, client: CounterClient) -> None:
     await story.protected()
     await story.agent(story.other, "KILL")
@@ -290,6 +292,7 @@ async def test_the_secondarys_agent_is_killed(story: Story, client: CounterClien
     await story.vanishes(story.other)
 
 
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_the_secondarys_host_dies(story: Story, client: CounterClient) -> None:
     await story.protected()
     dead = story.other
@@ -336,6 +339,7 @@ async def test_a_guest_that_crashes_is_stopped(story: Story) -> None:
     await _ended(story, "echo c >/proc/sysrq-trigger")
 
 
+@pytest.mark.long  # the short run has another that ends the same way
 async def test_stop_ends_the_protection_first(story: Story) -> None:
     await story.protected()
     forced = () if LONG else ("--force",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -244,17 +243,15 @@ def test_the_end_that_makes_xl_crash_leaves_nothing(recorded: Recorded) -> None:
 def test_a_file_of_xl_is_right(web: str) -> None:
     file = Path("/run/xl.save")
     run("xl", "save", "-c", web, str(file))
-    run("understudy", "stream", "verify", str(file))
     assert "HVM_CONTEXT" in run("understudy", "stream", "inspect", str(file))
-    packed = gzip.compress(file.read_bytes(), 1)
-    file.unlink()
-    run("understudy", "stream", "verify", "-", stdin=packed)
+    run("understudy", "stream", "verify", str(file))
     # It can tell: one byte of a record's length.
-    framer = Framer()
-    frames = framer.feed(gzip.decompress(packed))
-    wrong = bytearray(gzip.decompress(packed))
-    wrong[frames[-1].start + 4] ^= 1
-    run("understudy", "stream", "verify", "-", status=1, stdin=bytes(wrong))
+    frames = Framer().feed(file.read_bytes())
+    with file.open("r+b") as opened:
+        opened.seek(frames[-1].start + 4)
+        opened.write(b"\x01")
+    run("understudy", "stream", "verify", str(file), status=1)
+    file.unlink()
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["live", "stopped"])
