@@ -29,6 +29,8 @@ ELSEWHERE = {
     "netbuffer": "tests/kernel/test_netbuffer_contract.py",
     "drbd": "tests/kernel/test_drbd_contract.py",
     "drbd-checkpoint": "tests/kernel/test_drbd_checkpoints.py",
+    "unreplicated": "tests/contract/test_xen_unprotected.py",
+    "unbuffered": "tests/contract/test_xen_unprotected.py",
 }
 
 
