@@ -261,7 +261,11 @@ class XenHypervisor(Hypervisor):
         async def destroy(guest: bool) -> None:  # noqa: FBT001 - a callback of one argument
             await self.destroy(ours, guest=guest)
 
-        return XenSecondary(SecondaryParts(ours, check, destroy, self.mark))
+        def is_paused(domid: int) -> bool:
+            info = self.xen.domain(domid)
+            return info is not None and info.paused
+
+        return XenSecondary(SecondaryParts(ours, check, destroy, self.mark, is_paused))
 
     async def sweep(self, config: GuestConfig, record: Record | None) -> Sequence[str]:
         """Clean what a dead agent left of this guest on this host; see janitor.py."""

@@ -22,6 +22,7 @@ from understudy_xen.libs import DomainType
 from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.pauses import Pauses, StoredPauses
 from understudy_xen.restorer.client import once
+from understudy_xen.savers import saved_by
 from understudy_xen.xenstore import XenStore
 
 if TYPE_CHECKING:
@@ -45,17 +46,21 @@ async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | N
     """
     host = hypervisor.here.host
     done = []
+    promoting = record is not None and record.state is RecordState.PROMOTING and record.standby == host
     copy = await hypervisor.find(config, copy=True)
-    if copy is not None:
+    if copy is not None and not promoting:
         # It holds no more than libxl was given before the agent died, and who counts that is gone.
         await hypervisor.discard(copy)
         done.append(f"a copy of {config.name} was left on {host}: discarded")
+    elif copy is not None:
+        done.append(
+            f"a copy of {config.name} was being promoted on {host}: {copy.name} is kept for an operator"
+        )
     domain = await hypervisor.find(config)
     if domain is None or record is None:
         return done
     if record.state is RecordState.ALONE and record.owner == host:
         return done + await _run_on(hypervisor, domain, record)
-    promoting = record.state is RecordState.PROMOTING and record.standby == host
     if promoting or (record.owner == host and record.state is not RecordState.STOPPED):
         return done
     await hypervisor.discard(domain)
@@ -65,7 +70,11 @@ async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | N
 
 async def _run_on(hypervisor: XenHypervisor, domain: Domain, record: Record) -> list[str]:
     done = []
-    if domain.info.suspended:
+    if domain.info.suspended and (saver := saved_by(domain.domid)):
+        done.append(
+            f"{domain.name} is suspended while another toolstack saves it (pid {saver}): left as it is"
+        )
+    elif domain.info.suspended:
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
         live = LiveGuest(hypervisor.xen, domain.domid, model)
         try:

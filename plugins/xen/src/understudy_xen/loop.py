@@ -159,6 +159,11 @@ class RemusLoop:
         return self._ended
 
     @property
+    def busy(self) -> bool:
+        """Whether libxc is at work, or may come back to it."""
+        return self._thread is not None and not self._ended.is_set()
+
+    @property
     def resting(self) -> bool:
         """Whether it waits to be asked for the next checkpoint."""
         return self._resting
@@ -223,8 +228,9 @@ class RemusLoop:
         self.cut_reason = reason
         self._resting = False
         self._outlet.cut(reason)
-        if self._stopping is not None:
-            self._stopping.cancel()
+        stopping = self._stopping  # libxc's thread may let go of it meanwhile
+        if stopping is not None:
+            stopping.cancel()
         self._orders.put(False)  # noqa: FBT003 - do not go on
         if self._round is not None and not self._round.answer.done():
             self._round.answer.set_exception(HypervisorError(f"the checkpoint stream was cut: {reason}"))
@@ -313,6 +319,7 @@ class RemusLoop:
 
     def suspend(self) -> None:
         """Stop the guest and set the barriers."""
+        self._need_stream()
         ours = self._need_round()
         ours.mark("asked")
         self._guest.suspend()
@@ -320,11 +327,19 @@ class RemusLoop:
         if ours.stopped is not None:
             self._stop_devices(ours.stopped)
         ours.mark("barriers")
+        self._need_stream()
+
+    def _need_stream(self) -> None:
+        if self.cut_reason:
+            raise HypervisorError(f"the stream was cut: {self.cut_reason}")
 
     def _stop_devices(self, stopped: Phase) -> None:
-        self._stopping = self._in_loop(stopped())
+        self._need_stream()
+        stopping = self._stopping = self._in_loop(stopped())
+        if self.cut_reason:  # between the look and now
+            stopping.cancel()
         try:
-            self._stopping.result()
+            stopping.result()
         except CancelledError:
             raise HypervisorError(f"the stream was cut: {self.cut_reason}") from None
         finally:

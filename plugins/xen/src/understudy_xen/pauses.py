@@ -96,8 +96,9 @@ class Pauses:
         info = self._xen.domain(self._domid)
         if info is not None and not info.dying:
             earlier = await self._notes.read() - self._held
-            if not (info.paused and earlier > 0):
-                self._xen.pause(self._domid)
+            if info.paused and earlier > 0:
+                return  # stopped and noted by that life, however often
+            self._xen.pause(self._domid)
         self._frozen = True
         await self._note()
 

@@ -43,6 +43,7 @@ CHANNEL: Final = "xen-stream"  #: name of the stream between the two hosts
 GATES: Mapping[Mode, frozenset[Gate]] = {Mode.REMUS: frozenset({Gate.POSTSUSPEND, Gate.PRERESUME})}
 
 _CONNECT_S: Final = 10.0
+_LET_GO_S: Final = 60.0
 _RETURN_S: Final = SUSPEND_S + 10.0  # for libxc to let go of the guest after the stream was cut
 
 
@@ -117,7 +118,8 @@ class XenPrimary(PrimaryDomain):
             self._loop = await self._begin(outlet)
             await self._loop.copy(partial(group.start_all, ReplicationMode.PRIMARY), progress)
         except BaseException:
-            await whole(self._run_again())
+            # Nobody asks again: it is waited for as long as a start of devices, which is cancelled, may take to end.
+            await whole(self._run_again(_LET_GO_S))
             raise
 
     async def _begin(self, outlet: Outlet) -> RemusLoop:
@@ -177,10 +179,10 @@ class XenPrimary(PrimaryDomain):
         if failed is not None:
             raise failed
 
-    async def _run_again(self) -> None:
+    async def _run_again(self, return_s: float = _RETURN_S) -> None:
         self._cut("going on alone")
         if self._loop is not None:
-            await self._loop.join(_RETURN_S)
+            await self._loop.join(return_s)
         if self._live is not None:
             await asyncio.to_thread(self._live.bring_back, SUSPEND_S)
         await self._pauses.end()
@@ -215,19 +217,37 @@ class XenPrimary(PrimaryDomain):
         return self._watch.events()
 
     async def close(self) -> None:
-        """Let go of this session's handles; the guest stays as it is. Idempotent."""
+        """Let go of this session's handles; the guest stays as it is. Idempotent.
+
+        Guarantees:
+            What libxc's thread still uses stays open until it has come back; nobody waits for that any longer.
+        """
         self._cut("closed")
+        await self._watch.close()
         if self._loop is not None:
-            # A thread that does not return holds nobody up; it is a daemon's.
             with suppress(HypervisorError):
                 await self._loop.join(_RETURN_S)
+            if self._loop.busy:
+                later = asyncio.get_running_loop().create_task(self._close_later(self._loop))
+                _closing.add(later)
+                later.add_done_callback(_closing.discard)
+                return
+        await self._close_stream()
+
+    async def _close_later(self, loop: RemusLoop) -> None:
+        await loop.ended.wait()
+        await self._close_stream()
+
+    async def _close_stream(self) -> None:
         live, self._live = self._live, None
         if live is not None:
             live.close()
         outlet, self._outlet = self._outlet, None
         if outlet is not None:
             await asyncio.to_thread(outlet.close)
-        await self._watch.close()
+
+
+_closing: set[asyncio.Task[None]] = set()  # the loop itself holds its tasks only weakly
 
 
 async def whole(work: Coroutine[Any, Any, None]) -> None:

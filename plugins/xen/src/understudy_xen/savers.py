@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Savers", "saves"]
+__all__ = ["Savers", "saved_by", "saves"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,16 @@ def saves(command: bytes, domid: int) -> bool:
             is_helper = program.rpartition(b"/")[2] == _HELPER and what == _SAVE
             return is_helper and number == str(domid).encode()
     return False
+
+
+def saved_by(domid: int, *, proc: Path = _PROC) -> int:
+    """Return the number of a helper that saves a domain now, 0 if there is none."""
+    for entry in os.scandir(proc):
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                if saves((proc / entry.name / "cmdline").read_bytes(), domid):
+                    return int(entry.name)
+    return 0
 
 
 class Savers:

@@ -27,9 +27,10 @@ from understudy.hypervisor import DomainEvent, DomainEventKind, SecondaryDomain
 from understudy.services import Channels, Services
 from understudy_xen.domainconfig import INCOMING, DomainConfig
 from understudy_xen.guestfile import XenConfig
+from understudy_xen.libs import RestorerLost
 from understudy_xen.primary import CHANNEL
 from understudy_xen.receiver import Held, Receiver
-from understudy_xen.restorer.client import Restorer
+from understudy_xen.restorer.client import Restorer, once
 
 __all__ = ["SecondaryParts", "XenSecondary"]
 
@@ -47,13 +48,14 @@ class SecondaryParts:
     """What a session on the secondary is made of.
 
     `check` raises if there is no place for a copy; `destroy` destroys whatever domain is called like the copy or, with
-    ``guest=True``, like the guest, and sees it gone.
+    ``guest=True``, like the guest, and sees it gone; `is_paused` tells whether a domain is paused.
     """
 
     config: XenConfig
     check: Callable[[], Awaitable[None]]
     destroy: Callable[[bool], Awaitable[None]]
     became_guest: Callable[[int, Record], Awaitable[None]]
+    is_paused: Callable[[int], bool]
 
 
 class XenSecondary(SecondaryDomain):
@@ -148,11 +150,12 @@ class XenSecondary(SecondaryDomain):
         self._queue.put_nowait(DomainEvent(DomainEventKind.STREAM_LOST, why))
 
     def _restored(self, restoring: asyncio.Task[int]) -> None:
-        # Before anybody promotes it, the end of the restore is the end of the copy.
+        # Before it is a domain, the end of the restore is the end of the copy, also once its stream is cut: the swap
+        # that comes next must not end with a guest that is nowhere. `_end` takes the restorer before it kills it.
         if restoring.cancelled():
             return
         error = restoring.exception()
-        if error is not None and not self._severed:
+        if error is not None and self._restorer is not None:
             self._queue.put_nowait(DomainEvent(DomainEventKind.GONE, f"libxl has lost the copy: {error}"))
 
     # --- The end of being a copy -------------------------------------------------------------------------------------
@@ -187,6 +190,8 @@ class XenSecondary(SecondaryDomain):
             or not receiver.loaded
         ):
             raise StateError(f"this copy holds no whole checkpoint that is final; record: {won}")
+        if restoring.done():
+            restoring.result()  # raises: the copy is dead, and the disks are not touched
         # libxl opens the disks as soon as its stream ends: by then they are to be the guest's.
         await group.stop_all(failover=True)
         await receiver.hand_over(_TAKE_S)
@@ -205,7 +210,13 @@ class XenSecondary(SecondaryDomain):
         """Let the guest run: its interfaces are on their bridges since it was made, and its drivers announce it."""
         if self._restorer is None or not self._promoted:
             raise StateError("this copy was not promoted")
-        await self._restorer.unpause(self._domid)
+        # It is asked again after a failure: what was let run already must not be let run twice, libxl refuses that.
+        if self._parts.is_paused(self._domid):
+            try:
+                await self._restorer.unpause(self._domid)
+            except RestorerLost:
+                async with once() as libxl:
+                    await libxl.unpause(self._domid)
         _log.info("%s: domain %d takes over by %s", self._parts.config.name, self._domid, won)
         await self._parts.became_guest(self._domid, won)
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from understudy.errors import HypervisorError
@@ -32,6 +35,7 @@ _CREATE_S: Final = 55.0
 _XL_S: Final = 20.0
 _GONE_S: Final = 5.0  # for a domain to be dying once libxl has destroyed it
 _LOOK_S: Final = 0.05
+_KILLED_S: Final = 5.0
 _WORDS: Final = 200
 
 
@@ -159,8 +163,12 @@ async def _program(name: str, *arguments: str, timeout_s: float, check: bool = T
         raise HypervisorError(f"{name} {arguments[0]} did not end within {timeout_s:g} s") from None
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
+            # Its scripts, too: they hold the pipe, whose end is waited for.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_KILLED_S):
+                    await process.wait()
     words = output.decode(errors="replace").strip()
     if process.returncode:
         if not check:
