@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.testbeds.xen.guests import LIFE_CYCLE, tiny
+from tests.xen.memory import read_pages
 from understudy.device import no_progress
 from understudy_xen import inventory, toolstack
 from understudy_xen.devicemodel import DeviceModel
@@ -221,6 +223,7 @@ async def _record(path: Path, config: Path, guest: Counting) -> None:
                 loop = RemusLoop(live, outlet, partial(save, xen, domain.domid, stream=Stream.REMUS))
                 xen.unpause(domain.domid)  # it needs all of a processor
                 async with asyncio.timeout(_COPY_S):
+                    await asyncio.to_thread(_counts, guest, domain.domid)
                     await loop.copy(_nothing, no_progress)
                     for number in range(1, CHECKPOINTS + 1):
                         await asyncio.sleep(_COUNTS_S)
@@ -232,6 +235,14 @@ async def _record(path: Path, config: Path, guest: Counting) -> None:
                 outlet.close()
         finally:
             await toolstack.destroy(xen, domain.domid)
+
+
+def _counts(guest: Counting, domid: int) -> None:
+    # A firmware that is still making its tables could not be taken over; nobody protects one.
+    deadline = time.monotonic() + _COPY_S
+    while not guest.count(read_pages(domid, [guest.pfn])):
+        assert time.monotonic() < deadline, "the guest does not count"
+        time.sleep(_COUNTS_S)
 
 
 async def _nothing() -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.xen.played import read_pages
+from tests.xen.memory import read_pages
 from tests.xen.recorded import NAME, TINY, Point, Recorded, record
 from understudy_xen.libs import Xen, open_xen
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 import pytest
 
 from tests.testbeds.rounds import LONG
+from tests.xen.memory import read_pages
 from tests.xen.played import (
     STEP_S,
     Played,
@@ -31,7 +32,6 @@ from tests.xen.played import (
     left_behind,
     owned,
     processes,
-    read_pages,
     until,
 )
 from tests.xen.recorded import BIOS, CHECKPOINTS, NAME, TINY, Point, Recorded, record

@@ -18,7 +18,7 @@ import pytest
 
 from tests.testbeds.rounds import rounds
 from tests.testbeds.xen.guests import linux
-from tests.xen.played import read_pages
+from tests.xen.memory import read_pages
 from tests.xen.recorded import TINY, Point, Recorded, record
 from understudy_xen.libs import DomainInfo, Xen, open_xen
 from understudy_xen.streams.formats import Layer
