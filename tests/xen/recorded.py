@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,8 @@ RAM_PAGES: Final = 0x400  # 4 MiB; above lie pages that libxl itself writes to w
 CHECKPOINTS: Final = 4
 _CREATE_S: Final = 60.0
 _COPY_S: Final = 120.0
+_PAIR_BYTES: Final = 8  # head of a PAGE_DATA: of how many pages, and a reserved field
+_ENTRY_BYTES: Final = 8
 _COUNTS_S: Final = 0.1  # for the guest to count on: a tick of the timer takes 55 ms
 
 Memory = Mapping[int, bytes]
@@ -95,7 +97,7 @@ class Point:
         return f"{self.checkpoint}-{self.name}-{self.place}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recorded:
     """A stream from its preamble on, which ends with a whole checkpoint."""
 
@@ -137,21 +139,30 @@ class Recorded:
             "end": frame.end,
         }[point.place]
 
+    @cached_property
+    def _memories(self) -> Sequence[Memory]:
+        pages: dict[int, bytes] = {}
+        memories: list[Memory] = []
+        for frame in self.frames:
+            if frame.ends_checkpoint:
+                memories.append(dict(pages))
+            if frame.layer is not Layer.LIBXC or frame.type != LibxcType.PAGE_DATA:
+                continue
+            body = memoryview(self.stream)[frame.start + RECORD_HEADER_BYTES :][: frame.length]
+            if frame.length == _PAIR_BYTES + _ENTRY_BYTES * int.from_bytes(body[:4], "little"):
+                continue  # a first copy names a million pages that are not there
+            data = read_record(frame.layer, frame.type, body, "little")
+            assert isinstance(data, PageData)
+            pages |= {
+                page.pfn: bytes(page.contents)
+                for page in data.pages()
+                if page.contents and page.pfn < RAM_PAGES
+            }
+        return memories
+
     def memory(self, number: int) -> Memory:
         """Return the guest's memory at a checkpoint: its RAM's pages by number."""
-        pages: dict[int, bytes] = {}
-        end = self.ends[number]
-        for frame in self.frames:
-            if frame.end <= end and frame.layer is Layer.LIBXC and frame.type == LibxcType.PAGE_DATA:
-                body = memoryview(self.stream)[frame.start + RECORD_HEADER_BYTES :][: frame.length]
-                data = read_record(frame.layer, frame.type, body, "little")
-                assert isinstance(data, PageData)
-                pages |= {
-                    page.pfn: bytes(page.contents)
-                    for page in data.pages()
-                    if page.contents and page.pfn < RAM_PAGES
-                }
-        return pages
+        return self._memories[number]
 
     def count(self, number: int) -> int:
         """Return how far the guest had counted at a checkpoint."""

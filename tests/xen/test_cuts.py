@@ -249,8 +249,10 @@ async def _not_promoted(played: Played) -> str:
 
 
 async def _taken_over(played: Played, recorded: Recorded, loaded: int) -> str:
+    began = time.monotonic()
     async with asyncio.timeout(STEP_S):
         await played.copy.promote(played.group, owned(RecordState.PROMOTING))
+    took_s = time.monotonic() - began
     domain = await played.hypervisor.find(played.config)
     assert domain is not None
     assert (domain.info.paused, domain.info.shutdown) == (True, None)
@@ -268,7 +270,7 @@ async def _taken_over(played: Played, recorded: Recorded, loaded: int) -> str:
         return count(read_pages(domain.domid, [recorded.guest.pfn])) > count(found)
 
     await until(goes_on, "the guest counts on")
-    return f"promoted at {loaded}, counter {count(found)}"
+    return f"promoted at {loaded} in {took_s:.2f} s, counter {count(found)}"
 
 
 async def test_libxls_death_is_told_to_both_sides(
