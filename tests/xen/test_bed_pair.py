@@ -108,6 +108,7 @@ async def test_what_is_shared_is_the_same_for_all(pair: XenPair) -> None:
     assert (await pair.beta.run("ls", pair.alpha.directory, check=False)).status
 
 
+@pytest.mark.long  # two minutes; tests/kernel/test_bed_arbiter.py has the race over hostfs
 async def test_the_arbiter_on_the_share_has_one_winner_of_each_generation(pair: XenPair) -> None:
     seed = new_seed()
 
