@@ -93,6 +93,7 @@ POINTS: Final = (
 )
 SHORT: Final = (
     Cut(Point(0, "preamble", "middle"), Ending.END),
+    Cut(Point(0, "header", "middle"), Ending.END),  # libxl is killed over a domain without a name
     Cut(Point(0, "PAGE_DATA", "middle"), Ending.SILENCE),
     Cut(Point(0, "CHECKPOINT_END", "end"), Ending.SILENCE),
     Cut(Point(LATER, "PAGE_DATA", "middle"), Ending.SILENCE, Coding.ZSTD),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -217,6 +218,13 @@ class XenHypervisor(Hypervisor):
         if domain is not None:
             await self.discard(domain)
 
+    async def destroy_unnamed(self, known: uuid.UUID) -> None:
+        """Destroy what libxl was killed over before it gave it a name, by its UUID. Idempotent."""
+        async with await XenStore.open() as store:
+            for info in self.xen.find(known):
+                if await store.get(f"/local/domain/{info.domid}/name") is None:
+                    await toolstack.destroy(self.xen, info.domid)
+
     # --- Contract: sessions ------------------------------------------------------------------------------------------
 
     async def primary(self, config: GuestConfig) -> PrimaryDomain:
@@ -265,7 +273,7 @@ class XenHypervisor(Hypervisor):
             info = self.xen.domain(domid)
             return info is not None and info.paused
 
-        return XenSecondary(SecondaryParts(ours, check, destroy, self.mark, is_paused))
+        return XenSecondary(SecondaryParts(ours, check, destroy, self.destroy_unnamed, self.mark, is_paused))
 
     async def sweep(self, config: GuestConfig, record: Record | None) -> Sequence[str]:
         """Clean what a dead agent left of this guest on this host; see janitor.py."""

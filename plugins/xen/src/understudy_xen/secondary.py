@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -48,12 +49,14 @@ class SecondaryParts:
     """What a session on the secondary is made of.
 
     `check` raises if there is no place for a copy; `destroy` destroys whatever domain is called like the copy or, with
-    ``guest=True``, like the guest, and sees it gone; `is_paused` tells whether a domain is paused.
+    ``guest=True``, like the guest, and sees it gone; `destroy_unnamed` does so with what libxl had not named yet when
+    it was killed; `is_paused` tells whether a domain is paused.
     """
 
     config: XenConfig
     check: Callable[[], Awaitable[None]]
     destroy: Callable[[bool], Awaitable[None]]
+    destroy_unnamed: Callable[[uuid.UUID], Awaitable[None]]
     became_guest: Callable[[int, Record], Awaitable[None]]
     is_paused: Callable[[int], bool]
 
@@ -72,6 +75,7 @@ class XenSecondary(SecondaryDomain):
         self._restoring: asyncio.Task[int] | None = None
         self._pipe = -1  # its writing end, until the receiver has it
         self._placed = False  # there was no domain of either name before
+        self._uuid: uuid.UUID | None = None
         self._domid = 0
         self._severed = False
         self._promoted = False
@@ -127,6 +131,7 @@ class XenSecondary(SecondaryDomain):
             raise HypervisorError(f"the stream is of {domain.name}, not of {self._parts.config.name}")
         await group.start_all(ReplicationMode.SECONDARY)
         copy = domain.for_copy(self._parts.config)
+        self._uuid = copy.uuid
         self._restoring = asyncio.get_running_loop().create_task(
             self._restorer.restore(copy.to_json(), checkpointed=True), name=f"xen: restore {copy.name}"
         )
@@ -230,6 +235,9 @@ class XenSecondary(SecondaryDomain):
         await self._end()
         if self._placed:
             await self._parts.destroy(False)  # noqa: FBT003 - the copy
+        if self._uuid is not None:
+            # A domain is made first, and named when some more of it is made.
+            await self._parts.destroy_unnamed(self._uuid)
         if self._domid:
             # It may have got the guest's name although the answer was lost.
             await self._parts.destroy(True)  # noqa: FBT003 - the guest
