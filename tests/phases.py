@@ -40,6 +40,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
 
 _WORDS: Final = ("failed", "passed", "skipped", "xfailed", "xpassed", "error")
 _BAD: Final = ("failed", "error")
+_REASON_CHARACTERS: Final = 500
 
 
 def phase_of(path: Path) -> str:
@@ -89,8 +90,22 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Write the tally."""
     if config.getoption("tally") is None:
         return
-    ended = {word: [report.nodeid for report in terminalreporter.getreports(word)] for word in _WORDS}
+    ended = {word: [_line(report) for report in terminalreporter.getreports(word)] for word in _WORDS}
     Path(config.getoption("tally")).write_text(json.dumps(ended))
+
+
+def _line(report: Any) -> str:
+    # As in the summary of pytest, which cuts it off at the width of a terminal.
+    told = report.longrepr if report.outcome == "failed" else None
+    crash = getattr(told, "reprcrash", None)
+    reason = shortened(str(crash.message if crash else told or ""))
+    return f"{report.nodeid} - {reason}" if reason else str(report.nodeid)
+
+
+def shortened(reason: str) -> str:
+    """Return why a test failed as one line of `_REASON_CHARACTERS` at most; it begins with what pytest shows first."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _REASON_CHARACTERS else f"{line[: _REASON_CHARACTERS - 1]}…"
 
 
 # --- All phases ------------------------------------------------------------------------------------------------------

@@ -43,10 +43,22 @@ def test_closing_line() -> None:
     assert phases.closing_line({}, 1).strip("=") == " no tests ran in 1.00s "
 
 
+def test_a_reason_is_one_line_of_limited_length() -> None:
+    assert phases.shortened("E: first\n\n  second ") == "E: first second"
+    assert phases.shortened("x" * 500) == "x" * 500
+    assert phases.shortened("x" * 501) == "x" * 499 + "…"
+
+
 @pytest.mark.slow
 def test_a_failure_is_named_at_the_end_although_later_phases_have_no_tests(tmp_path: Path) -> None:
     module = tmp_path / "test_bad.py"
-    module.write_text("def test_bad(): assert False\n")
+    why = "why, in words longer than a terminal is wide, " * 3
+    module.write_text(
+        "import pytest\n"
+        f"def test_bad(): raise ValueError({why!r} + '\\n and a second line')\n"
+        "@pytest.fixture\ndef world(): raise OSError('no world')\n"
+        "def test_worldless(world): pass\n"
+    )
     command = [sys.executable, "-m", "tests.phases", "-p", "no:cacheprovider"]
     command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     command += [str(module), f"{Path(__file__)}::test_closing_line"]
@@ -55,6 +67,7 @@ def test_a_failure_is_named_at_the_end_although_later_phases_have_no_tests(tmp_p
         command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=50, check=False
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    *_, failed, closing = done.stdout.splitlines()
-    assert failed == "FAILED ::test_bad"
-    assert closing.strip("=").startswith(" 1 failed, 1 passed in ")
+    *_, failed, error, closing = done.stdout.splitlines()
+    assert failed == f"FAILED ::test_bad - ValueError: {why}and a second line"
+    assert error == "ERROR ::test_worldless - OSError: no world"
+    assert closing.strip("=").startswith(" 1 failed, 1 passed, 1 error in ")
