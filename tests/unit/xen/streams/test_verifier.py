@@ -27,7 +27,15 @@ from tests.unit.xen.streams.samples import (
     saved,
 )
 from understudy_xen.streams.errors import StreamError
-from understudy_xen.streams.formats import GuestType, LibxcType, LibxlType
+from understudy_xen.streams.formats import (
+    XL_BYTEORDER,
+    XL_FLAG_JSON,
+    XL_FLAG_STREAM_V2,
+    XL_MAGIC,
+    GuestType,
+    LibxcType,
+    LibxlType,
+)
 from understudy_xen.streams.inspector import Inspector, Run, Tally
 from understudy_xen.streams.pages import page_entry
 from understudy_xen.streams.verifier import Verifier
@@ -175,6 +183,13 @@ def test_a_configuration_that_is_none(config: bytes, reason: str) -> None:
     with pytest.raises(StreamError, match=reason) as caught:
         Verifier().feed(preamble(config))
     assert (caught.value.offset, caught.value.layer) == (52, "xl")
+
+
+def test_a_configuration_that_is_announced_and_not_there() -> None:
+    numbers = pack("=IIII", XL_BYTEORDER, XL_FLAG_STREAM_V2 | XL_FLAG_JSON, 0, 0)
+    with pytest.raises(StreamError, match="JSON") as caught:
+        Verifier().feed(XL_MAGIC + numbers + b"nex")
+    assert (caught.value.offset, caught.value.layer) == (48, "xl")
 
 
 @pytest.mark.parametrize("byteorder", ORDERS)

@@ -174,16 +174,13 @@ class Verifier(Framer):
                 "holds a configuration that is not JSON" if preamble.config else "holds no configuration"
             )
             return
+        at = min(XL_PREAMBLE_BYTES + 4, self._cursor.offset)  # behind its length, if there is room for one
         try:
             config = json.loads(preamble.config.rstrip(b"\0"))
         except (ValueError, RecursionError) as error:
-            self._fail(f"says that the configuration is JSON, but: {error}", at=XL_PREAMBLE_BYTES + 4)
+            self._fail(f"says that the configuration is JSON, but: {error}", at=at)
         if not isinstance(config, dict):
-            self._fail(
-                f"holds as configuration a {type(config).__name__}",
-                at=XL_PREAMBLE_BYTES + 4,
-                allowed="object",
-            )
+            self._fail(f"holds as configuration a {type(config).__name__}", at=at, allowed="object")
 
     def _note_libxc(self, headers: LibxcHeaders) -> None:
         if any(headers.reserved):
