@@ -6,10 +6,12 @@ once broke something among them, under names that say what.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,41 @@ from tests.testbeds.rounds import LONG, rounds
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus" / "xen_stream"
 RUN_S = rounds(20, 900)
+MOST_CHARACTERS = 2000
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None, reason="atheris has no wheels for this Python"
 )
+
+
+def fuzz(script: Path, *arguments: str, limit_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a fuzzer to its end."""
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=limit_s,
+        check=False,
+    )
+
+
+def complaint(done: subprocess.CompletedProcess[str], inputs: list[Path]) -> str:
+    """Return what a fuzzer found: in its first line the error with its place, then the inputs, then its last words."""
+    # The Python half writes to stdout; libFuzzer, to stderr, what ended the process.
+    *_, error = done.stdout.partition("=== Uncaught Python exception: ===\n")
+    lines = error.splitlines()
+    places = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    if places:
+        last = places[-1]
+        first = f"{lines[0]} <- {' '.join(line.strip() for line in lines[last : last + 2])}"
+    else:
+        ended = [line for line in done.stderr.splitlines() if "SUMMARY: " in line]
+        first = f"status {done.returncode}: {ended[-1] if ended else 'the fuzzer has not said why'}"
+    packed = {path.name: base64.b64encode(zlib.compress(path.read_bytes(), 9)).decode() for path in inputs}
+    told = [f"{name}, base64 of zlib: {data[:MOST_CHARACTERS]}" for name, data in packed.items()]
+    return "\n".join([first, *told, error[-MOST_CHARACTERS:] or done.stderr[-MOST_CHARACTERS:]])
 
 
 @pytest.mark.slow
@@ -30,37 +63,56 @@ pytestmark = pytest.mark.skipif(
 def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
     found, broken = tmp_path / "found", tmp_path / "broken"
     found.mkdir()
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "xen_stream.py"),
-            str(found),
-            str(CORPUS),
-            f"-runs={rounds(8000, 500_000)}",
-            f"-max_total_time={RUN_S}",
-            "-max_len=6000",
-            "-timeout=60",
-            "-report_slow_units=60",
-            "-rss_limit_mb=512",
-            f"-artifact_prefix={broken}-",
-        ],
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=RUN_S + 100,
-        check=False,
+    done = fuzz(
+        HERE / "xen_stream.py",
+        str(found),
+        str(CORPUS),
+        f"-runs={rounds(8000, 500_000)}",
+        f"-max_total_time={RUN_S}",
+        "-max_len=6000",
+        "-timeout=60",
+        "-report_slow_units=60",
+        "-rss_limit_mb=512",
+        f"-artifact_prefix={broken}-",
+        limit_s=RUN_S + 100,
     )
     inputs = sorted(tmp_path.glob("broken-*"))
     if done.returncode or inputs:
         for path in inputs:
             shutil.copy(path, Path.cwd() / f"xen_stream-{path.name}")
-        pytest.fail(
-            f"{done.stderr[-3000:]}\ninputs, to be kept in {CORPUS}: {[path.name for path in inputs]}"
-        )
+        pytest.fail(f"{complaint(done, inputs)}\nthe inputs are to be kept in {CORPUS}")
     assert "Done " in done.stderr, done.stderr[-1000:]
     if LONG:
         assert any(found.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("body", "begins"),
+    [
+        (
+            "assert given != b'ab', 'what is\\nwrong'",
+            "AssertionError: what is <- File \"{script}\", line 3, in examine assert given != b'ab', ",
+        ),
+        ("import time; time.sleep(9)", "status 70: SUMMARY: libFuzzer: timeout"),
+    ],
+    ids=["error", "timeout"],
+)
+def test_a_finding_is_told_in_the_first_line(tmp_path: Path, body: str, begins: str) -> None:
+    script, corpus = tmp_path / "script.py", tmp_path / "corpus"
+    script.write_text(
+        "import sys, atheris\ndef examine(given):\n"
+        f"    {body}\natheris.Setup(sys.argv, examine)\natheris.Fuzz()\n"
+    )
+    corpus.mkdir()
+    (corpus / "one").write_bytes(b"ab")
+    done = fuzz(
+        script, str(corpus), "-runs=4", "-timeout=1", f"-artifact_prefix={tmp_path}/broken-", limit_s=50
+    )
+    told = complaint(done, sorted(tmp_path.glob("broken-*"))).splitlines()
+    assert told[0].startswith(begins.format(script=script))
+    packed = told[1].partition("base64 of zlib: ")[2]
+    assert told[1].startswith("broken-")
+    assert zlib.decompress(base64.b64decode(packed)) in {b"ab", b""}
 
 
 def test_the_corpus_is_examined_without_a_fuzzer() -> None:
