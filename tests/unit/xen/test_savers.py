@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from understudy_xen.savers import Savers, saves
+from understudy_xen.execs import Execs
+from understudy_xen.savers import Savers, helper_directories, saves
 
 HELPER = "/usr/lib/xen-4.17/bin/libxl-save-helper"
 
@@ -42,8 +44,44 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _place(proc: Path, pid: int, domid: int) -> None:
-    (proc / str(pid)).mkdir()
-    (proc / str(pid) / "cmdline").write_bytes(_line(HELPER, "--save-domain", "8", "9", str(domid), "0"))
+    _look_like(proc, pid, HELPER, "--save-domain", "8", "9", str(domid), "0")
+
+
+def _look_like(proc: Path, pid: int, *words: str) -> None:
+    (proc / str(pid)).mkdir(parents=True, exist_ok=True)
+    (proc / str(pid) / "cmdline").write_bytes(_line(*words))
+
+
+def _kernel_tells() -> bool:
+    try:
+        Execs("libxl-save-helper", ()).close()
+    except OSError:
+        return False
+    return True
+
+
+told_by_the_kernel = pytest.mark.skipif(not _kernel_tells(), reason="fanotify needs CAP_SYS_ADMIN")
+
+
+@pytest.fixture
+def helper(tmp_path: Path) -> Path:
+    """A program of the helper's name in a directory of its own; it sleeps."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "proc").mkdir()
+    return Path(shutil.copy(shutil.which("sleep") or "", tmp_path / "bin" / "libxl-save-helper"))
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def savers(helper: Path, told: list[str]) -> Iterator[Savers]:
+    """Told by the kernel of `helper`; what its processes look like is in a directory of the test."""
+    savers = Savers(7, told.append, proc=helper.parent.parent / "proc", directories=[helper.parent])
+    yield savers
+    savers.close()
 
 
 def test_one_that_runs_already_is_ended_and_told_once(
@@ -51,7 +89,7 @@ def test_one_that_runs_already_is_ended_and_told_once(
 ) -> None:
     _place(tmp_path, process.pid, 7)
     told: list[str] = []
-    savers = Savers(7, told.append, proc=tmp_path)
+    savers = Savers(7, told.append, proc=tmp_path, directories=())
     try:
         found = savers.look()
         assert process.wait(10) == -9
@@ -66,9 +104,98 @@ def test_one_that_runs_already_is_ended_and_told_once(
 def test_one_of_another_domain_goes_on(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     _place(tmp_path, process.pid, 8)
     (tmp_path / "self").mkdir()
-    savers = Savers(7, pytest.fail, proc=tmp_path)
+    savers = Savers(7, pytest.fail, proc=tmp_path, directories=())
     try:
         assert savers.look() == ""
         assert process.poll() is None
     finally:
         savers.close()
+
+
+@told_by_the_kernel
+@pytest.mark.parametrize("is_collected", [True, False], ids=["gone", "zombie"])
+def test_one_that_came_and_went_is_taken_for_one_of_the_domain(
+    helper: Path, savers: Savers, told: list[str], is_collected: bool
+) -> None:
+    assert savers.look() == ""
+    with subprocess.Popen([helper, "0"]) as ended:
+        with open(f"/proc/{ended.pid}/stat", "rb") as stat:  # noqa: PTH123 - outlives the process
+            while b") Z " not in stat.read():
+                stat.seek(0)
+        if is_collected:
+            ended.wait(10)
+        found = savers.look()
+    assert f"a libxl-save-helper (pid {ended.pid}) came and went" in found
+    assert told == [found]
+
+
+@told_by_the_kernel
+def test_one_is_judged_when_it_looks_like_it(
+    helper: Path, savers: Savers, told: list[str], tmp_path: Path
+) -> None:
+    with subprocess.Popen([helper, "60"]) as begun:
+        try:
+            _look_like(tmp_path / "proc", begun.pid, "xl", "save", "web", "/srv/web.save")
+            assert (savers.look(), savers.waiting) == ("", True)
+            _place(tmp_path / "proc", begun.pid, 7)
+            found = savers.look()
+            assert begun.wait(10) == -9
+        finally:
+            begun.kill()
+    assert f"begun to save domain 7 (libxl-save-helper, pid {begun.pid})" in found
+    assert (savers.waiting, told) == (False, [found])
+
+
+@told_by_the_kernel
+def test_what_does_no_harm_is_not_told(helper: Path, savers: Savers, told: list[str], tmp_path: Path) -> None:
+    other = shutil.copy(helper, helper.with_name("pygrub"))
+    subprocess.run([other, "0"], check=True)
+    begun = [subprocess.Popen([helper, "60"]) for _ in range(2)]
+    try:
+        _place(tmp_path / "proc", begun[0].pid, 8)
+        _look_like(tmp_path / "proc", begun[1].pid, HELPER, "--restore-domain", "8", "9", "7")
+        assert (savers.look(), savers.waiting) == ("", False)
+        assert [process.poll() for process in begun] == [None, None]
+    finally:
+        for process in begun:
+            process.kill()
+            process.wait(10)
+    assert savers.look() == ""  # that they ended is nothing new
+    assert not told
+
+
+@told_by_the_kernel
+def test_a_program_that_was_put_in_the_place_of_the_first_one_is_seen(helper: Path, savers: Savers) -> None:
+    anew = Path(shutil.copy(helper, helper.with_name("new")))
+    anew.replace(helper)
+    subprocess.run([helper, "0"], check=True)
+    assert "came and went" in savers.look()
+
+
+def test_where_the_helper_is_found(tmp_path: Path) -> None:
+    for place in ("usr/lib/xen-4.17/bin", "usr/libexec/xen/bin", "usr/local/lib/xen/bin", "usr/lib/xen/bin"):
+        (tmp_path / place).mkdir(parents=True)
+        if place != "usr/lib/xen/bin":
+            (tmp_path / place / "libxl-save-helper").touch()
+    found = {str(place.relative_to(tmp_path)) for place in helper_directories(tmp_path)}
+    assert found == {"usr/lib/xen-4.17/bin", "usr/libexec/xen/bin", "usr/local/lib/xen/bin"}
+
+
+def test_where_the_kernel_does_not_tell_a_dead_one_is_known_by_its_name(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    # One that has been dead since before is nobody's matter.
+    told: list[str] = []
+    savers = Savers(7, told.append, proc=tmp_path, directories=())
+    try:
+        assert savers.look() == ""
+        _look_like(tmp_path, process.pid)
+        (tmp_path / str(process.pid) / "comm").write_bytes(b"libxl-save-help\n")
+        assert "came and went" in savers.look()
+    finally:
+        savers.close()
+    later = Savers(7, pytest.fail, proc=tmp_path, directories=())
+    try:
+        assert later.look() == ""
+    finally:
+        later.close()

@@ -5,28 +5,29 @@ A second save of the same domain (`xl save`, `xl migrate`, `xl remus`, libvirt's
 again, and reads what the checkpoints were to read. Neither side gets an error, and both copies lack pages. So a
 checkpoint must not become whole once such a save has begun, and the save must not go on: it has lost pages, too.
 
-All of them have libxl run ``libxl-save-helper --save-domain``, a program of its own. The kernel tells of every exec, at
-once and in order: whoever asks after a checkpoint's pages were read is told of every helper that can have read them.
+All of them have libxl run ``libxl-save-helper --save-domain``, a program of its own. The kernel tells of every exec of
+that program before its first step (execs.py): whoever asks after a checkpoint's pages were read is told of every helper
+that can have read them. One that has ended before it was seen for which domain it worked is taken for one that has.
 
-Source: tools/libs/guest/xg_sr_save.c (enable_logdirty, cleanup), tools/libs/light/libxl_save_callout.c of Xen 4.17;
-Linux include/uapi/linux/cn_proc.h, drivers/connector/cn_proc.c.
+Source: tools/libs/guest/xg_sr_save.c (enable_logdirty, cleanup), tools/libs/light/libxl_save_callout.c of Xen 4.17.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
+import select
 import signal
-import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Savers", "saved_by", "saves"]
+from understudy_xen.execs import Execs
+
+__all__ = ["Savers", "helper_directories", "saved_by", "saves"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,20 +35,9 @@ _HELPER: Final = b"libxl-save-helper"
 _SAVE: Final = b"--save-domain"
 _PROC: Final = Path("/proc")
 
-# linux/netlink.h, linux/connector.h, linux/cn_proc.h
-_NETLINK_CONNECTOR: Final = 11
-_CN_IDX_PROC: Final = 1
-_CN_VAL_PROC: Final = 1
-_LISTEN: Final = 1  # PROC_CN_MCAST_LISTEN
-_EXEC: Final = 2  # PROC_EVENT_EXEC
-_NLMSG_DONE: Final = 3
-_HEAD: Final = struct.Struct("=IHHII")  # struct nlmsghdr
-_CONNECTOR: Final = struct.Struct("=IIIIHH")  # struct cn_msg
-_EVENT: Final = struct.Struct(
-    "=IIQII"
-)  # struct proc_event: what, cpu, timestamp_ns; exec: process_pid, process_tgid
-_RECEIVE_BYTES: Final = 1 << 20
-_MESSAGE_BYTES: Final = 4096
+#: Xen's private programs. Source: config/Paths.mk.in (LIBEXEC_BIN); Debian has a directory for each version of Xen.
+_PLACES: Final = ("usr/lib*/xen*/bin", "usr/local/lib*/xen*/bin")
+_COMM_BYTES: Final = 15  # of a program's name, TASK_COMM_LEN without the NUL
 
 
 def saves(command: bytes, domid: int) -> bool:
@@ -68,12 +58,26 @@ def saves(command: bytes, domid: int) -> bool:
 
 def saved_by(domid: int, *, proc: Path = _PROC) -> int:
     """Return the number of a helper that saves a domain now, 0 if there is none."""
-    for entry in os.scandir(proc):
-        if entry.name.isdecimal():
-            with suppress(OSError):
-                if saves((proc / entry.name / "cmdline").read_bytes(), domid):
-                    return int(entry.name)
+    for pid in _processes(proc):
+        with suppress(OSError):
+            if saves((proc / str(pid) / "cmdline").read_bytes(), domid):
+                return pid
     return 0
+
+
+def helper_directories(root: Path = Path("/")) -> list[Path]:
+    """Return where this host has the helper."""
+    return [
+        place for pattern in _PLACES for place in root.glob(pattern) if (place / _HELPER.decode()).exists()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    # A process that has begun to execute the helper, but does not look like it yet.
+    pid: int
+    process: int  # its pidfd: whatever happens to the number
+    uid: int
 
 
 class Savers:
@@ -83,23 +87,37 @@ class Savers:
         domid: The domain.
         seen: Called once, in the thread that finds the first one, before the helper is ended.
         proc: Where the kernel tells of processes.
+        directories: Where the helper is, ``None`` for `helper_directories`.
 
-    Without the kernel's connector (it needs CAP_NET_ADMIN in the first network namespace) all processes are looked at
-    each time.
+    Where the kernel does not tell (it needs CAP_SYS_ADMIN), or where the helper is, is not known, all processes are
+    looked at each time, and one that came and went between two looks is missed.
     """
 
-    def __init__(self, domid: int, seen: Callable[[str], None], *, proc: Path = _PROC) -> None:
+    def __init__(
+        self,
+        domid: int,
+        seen: Callable[[str], None],
+        *,
+        proc: Path = _PROC,
+        directories: Iterable[Path] | None = None,
+    ) -> None:
         self._domid = domid
         self._seen = seen
         self._proc = proc
         self._lock = threading.Lock()
-        self._told = _listen()
-        self._all = True  # some may have begun before anybody told of them
+        self._execs = _execs([*(helper_directories() if directories is None else directories)])
+        self._first = True  # some may have begun before anybody told of them
+        self._begun: list[_Begun] = []
         self.found = ""  #: who saves the domain, a sentence; ``""``: nobody has been seen
 
     def fileno(self) -> int:
-        """Return the file descriptor that is readable when a process has begun, -1 where the kernel does not tell."""
-        return -1 if self._told is None else self._told.fileno()
+        """Return the file descriptor that is readable when a helper begins, -1 where the kernel does not tell."""
+        return -1 if self._execs is None else self._execs.fileno()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether one has begun of which the next look may say more."""
+        return bool(self._begun)
 
     def look(self) -> str:
         """Look for helpers, and end those that are found.
@@ -108,89 +126,121 @@ class Savers:
             Who saves the domain or has begun to, one clause; ``""`` if nobody has since this object was made.
         """
         with self._lock:
-            for pid in self._candidates():
-                self._judge(pid)
+            if self._execs is not None:
+                for pid in self._execs.begun():
+                    self._take(pid)
+            if self._first or self._execs is None:
+                self._scan()
+            if self._begun:
+                self._begun = [begun for begun in self._begun if not self._is_told(begun)]
             return self.found
 
     def close(self) -> None:
         """Look no more. Idempotent."""
         with self._lock:
-            told, self._told = self._told, None
-            if told is not None:
-                told.close()
+            execs, self._execs = self._execs, None
+            if execs is not None:
+                execs.close()
+            for begun in self._begun:
+                os.close(begun.process)
+            self._begun = []
 
-    def _judge(self, pid: int) -> None:
-        place = self._proc / str(pid)
+    def _take(self, pid: int) -> None:
         try:
-            # The same process is judged and ended, whatever happens to its number.
             process = os.pidfd_open(pid)
         except OSError:
+            self._missed(pid)
             return
         try:
+            uid = (self._proc / str(pid)).stat().st_uid
+        except OSError:
+            uid = os.getuid()
+        self._begun.append(_Begun(pid, process, uid))
+
+    def _is_told(self, begun: _Begun) -> bool:
+        # Whether nothing more can be learnt of it. It is closed then.
+        done = begun.uid != os.getuid()  # it may not use the hypervisor
+        if not done:
+            command = b""
+            with suppress(OSError):
+                command = (self._proc / str(begun.pid) / "cmdline").read_bytes()
+            done = _is_helper(command)
+            if done and saves(command, self._domid):
+                self._end(begun.pid, begun.process)
+            elif not done and _has_ended(begun.process):
+                self._missed(begun.pid)
+                done = True
+        if done:
+            os.close(begun.process)
+        return done
+
+    def _scan(self) -> None:
+        for pid in _processes(self._proc):
+            place = self._proc / str(pid)
+            with suppress(OSError):
+                command = (place / "cmdline").read_bytes()
+                if saves(command, self._domid):
+                    self._judge(pid, place)
+                elif not command and not self._first and self._is_dead_helper(place):
+                    self._missed(pid)
+        self._first = False
+
+    def _judge(self, pid: int, place: Path) -> None:
+        process = os.pidfd_open(pid)
+        try:
+            # Again: the same process is judged and ended, whatever happened to its number.
             if place.stat().st_uid == os.getuid() and saves((place / "cmdline").read_bytes(), self._domid):
                 self._end(pid, process)
-        except OSError:
-            return
         finally:
             os.close(process)
 
+    @staticmethod
+    def _is_dead_helper(place: Path) -> bool:
+        comm = (place / "comm").read_bytes().rstrip(b"\n")
+        return comm == _HELPER[:_COMM_BYTES] and place.stat().st_uid == os.getuid()
+
     def _end(self, pid: int, process: int) -> None:
+        self._tell(
+            f"another toolstack has begun to save domain {self._domid} (libxl-save-helper, pid {pid}): it takes pages "
+            "that the checkpoints need"
+        )
+        _log.error("the libxl-save-helper %d is ended", pid)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+
+    def _missed(self, pid: int) -> None:
+        self._tell(
+            f"another toolstack may have begun to save domain {self._domid}: a libxl-save-helper (pid {pid}) came and "
+            "went before it was seen for which domain, and may have taken pages that the checkpoints need"
+        )
+
+    def _tell(self, found: str) -> None:
+        _log.error("%s", found)
         if not self.found:
-            self.found = (
-                f"another toolstack has begun to save domain {self._domid} (libxl-save-helper, pid {pid}): it takes "
-                "pages that the checkpoints need"
-            )
-            self._seen(self.found)
-        _log.error("%s; the helper is ended", self.found)
-        signal.pidfd_send_signal(process, signal.SIGKILL)
-
-    def _candidates(self) -> Iterator[int]:
-        if self._told is not None:
-            begun, whole = _drain(self._told)
-            yield from begun
-            if whole and not self._all:
-                return
-        self._all = self._told is None
-        for entry in os.scandir(self._proc):
-            if entry.name.isdecimal():
-                yield int(entry.name)
+            self.found = found
+            self._seen(found)
 
 
-def _listen() -> socket.socket | None:
-    try:
-        told = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR)
-    except OSError:
-        return None
-    try:
-        with suppress(OSError):
-            told.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
-        told.bind((0, _CN_IDX_PROC))
-        word = struct.pack("=I", _LISTEN)
-        connector = _CONNECTOR.pack(_CN_IDX_PROC, _CN_VAL_PROC, 0, 0, len(word), 0) + word
-        told.send(_HEAD.pack(_HEAD.size + len(connector), _NLMSG_DONE, 0, 0, 0) + connector)
-    except OSError as error:
-        told.close()
-        _log.info("the kernel does not tell of new processes (%s): all are looked at", error)
-        return None
-    return told
-
-
-def _drain(told: socket.socket) -> tuple[list[int], bool]:
-    # The processes that have begun, and whether that is all of them.
-    begun: list[int] = []
-    whole = True
-    while True:
+def _execs(directories: list[Path]) -> Execs | None:
+    if directories:
         try:
-            message = told.recv(_MESSAGE_BYTES)
-        except BlockingIOError:
-            return begun, whole
+            return Execs(_HELPER.decode(), directories)
         except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                return begun, False
-            whole = False  # some were dropped
-            continue
-        at = _HEAD.size + _CONNECTOR.size
-        if len(message) >= at + _EVENT.size:
-            what, _, _, _, tgid = _EVENT.unpack_from(message, at)
-            if what == _EXEC:
-                begun.append(tgid)
+            _log.info("the kernel does not tell of new processes (%s): all are looked at", error)
+    return None
+
+
+def _processes(proc: Path) -> Iterator[int]:
+    for entry in os.scandir(proc):
+        if entry.name.isdecimal():
+            yield int(entry.name)
+
+
+def _has_ended(process: int) -> bool:
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _is_helper(command: bytes) -> bool:
+    return command.partition(b"\0")[0].rpartition(b"/")[2] == _HELPER

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _LOOK_S: Final = 1.0  # also without a word of xenstored, which may be dead
 _AGAIN_S: Final = 0.5
+_EXEC_S: Final = 0.005  # for a process that has begun to execute a program to look like it
 
 _MEANING: Final[Mapping[ShutdownReason, tuple[DomainEventKind, str]]] = {
     ShutdownReason.POWEROFF: (DomainEventKind.SHUTDOWN, "the guest has shut down"),
@@ -63,7 +64,7 @@ class DomainWatch:
         watch = cls(xen, domid)
         watch._task = watch._loop.create_task(watch._look_after(), name=f"xen: domain {domid}")
         if (told := watch._savers.fileno()) >= 0:
-            watch._loop.add_reader(told, watch._savers.look)
+            watch._loop.add_reader(told, watch._look_for_savers)
         return watch
 
     def intact(self) -> None:
@@ -104,6 +105,11 @@ class DomainWatch:
                 _log.warning("domain %d is looked after without xenstored: %s", self._domid, lost)
             self._look()
             await asyncio.sleep(_AGAIN_S)
+
+    def _look_for_savers(self) -> None:
+        self._savers.look()
+        if self._savers.waiting:
+            self._loop.call_later(_EXEC_S, self._look_for_savers)
 
     def _saved(self, found: str) -> None:
         # In whatever thread has found it.
