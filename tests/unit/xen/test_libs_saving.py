@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from understudy.errors import HypervisorError
 from understudy_xen.libs import Precopy, PrecopyStats
-from understudy_xen.libs.saving import _Bridge, _claimed, _Stats
+from understudy_xen.libs.saving import _Bridge, _Stats
 
 
 class Recorder:
@@ -121,21 +120,3 @@ def test_progress_ends_at_the_first_suspend(bridge: _Bridge, suspends: list[int]
     bridge.struct.suspend(None)
     bridge.struct.suspend(None)
     assert suspends == [1]
-
-
-def test_a_domain_is_saved_by_one_at_a_time() -> None:
-    domid = 4711
-    with _claimed(domid):
-        with (
-            pytest.raises(
-                HypervisorError, match="domain 4711 is being saved or protected by understudy already"
-            ),
-            _claimed(domid),
-        ):
-            raise AssertionError
-        with _claimed(domid + 1):
-            pass
-    with pytest.raises(ZeroDivisionError), _claimed(domid):
-        raise ZeroDivisionError
-    with _claimed(domid):
-        pass

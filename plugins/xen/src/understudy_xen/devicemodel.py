@@ -24,14 +24,14 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.qmp_client import ExecuteError, NegotiationError
 
 from understudy.errors import HypervisorError, MonitorSilent
+from understudy_xen.claim import RUN_DIRECTORY
 
-__all__ = ["RUN_DIRECTORY", "DeviceModel"]
+__all__ = ["DeviceModel"]
 
 _log = logging.getLogger(__name__)
 _quiet = logging.getLogger(f"{__name__}.qmp")
 _quiet.setLevel(logging.CRITICAL + 1)  # the library logs what it raises, too
 
-RUN_DIRECTORY: Final = Path("/run/xen")  #: XEN_RUN_DIR of Debian's packages, and of upstream's default
 _CONNECT_S: Final = 10.0
 _COMMAND_S: Final = 10.0
 _DROP_S: Final = 1.0

@@ -18,16 +18,13 @@ send_domain_memory_checkpointed), 4.17.0; the header's text is the same from 4.1
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
-from understudy.errors import HypervisorError
+from understudy_xen.claim import claimed
 from understudy_xen.libs.errors import XenCallFailed
 from understudy_xen.libs.loading import open_handle
 from understudy_xen.libs.toollog import Progress, ToolLog
@@ -204,7 +201,7 @@ def save(
         progress: Told what is being done, and how far it is, until the domain is first suspended.
 
     Raises:
-        HypervisorError: This host saves the domain already, by this function.
+        ClaimTaken: This host saves the domain already, by this function.
         BaseException: What a callback raised first; a note says what libxenguest made of it.
         XenCallFailed: libxenguest failed by itself, e.g. because `fd` broke.
 
@@ -212,25 +209,8 @@ def save(
         The dirty logging that was switched on is switched off. A domain that is suspended at that moment stays
         suspended: the caller resumes it. Returns only when a callback ended it (PLAIN: when all is written).
     """
-    with _claimed(domid):
+    with claimed(domid):
         _save(xen, domid, fd, callbacks, stream, live, recv_fd, progress)
-
-
-@contextmanager
-def _claimed(domid: int) -> Iterator[None]:
-    # The hypervisor's list of dirty pages has no owner: of two that read it each gets a part, without an error. A name
-    # that the kernel gives to one, and takes back at its end, however it ends.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
-        try:
-            claim.bind(f"\0understudy-xen-save-{domid}")
-        except OSError as taken:
-            if taken.errno != errno.EADDRINUSE:
-                raise
-            raise HypervisorError(
-                f"domain {domid} is being saved or protected by understudy already, which serves one at a time; "
-                "it is not touched"
-            ) from None
-        yield
 
 
 def _save(
