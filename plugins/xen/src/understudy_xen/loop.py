@@ -27,8 +27,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from understudy.errors import HypervisorError, StateError
@@ -90,19 +91,46 @@ class Taken:
     parts_ns: dict[str, int]
 
 
+class _Order(Enum):
+    # What libxc's thread is told between two checkpoints.
+    GO_ON = "make the next one"
+    REST = "wait for the next order"
+    END = "make no more"
+
+
+@dataclass(slots=True)
+class _Pace:
+    # Checkpoints that follow each other without the event loop.
+    interval_s: float
+    left: int  # 0: without end
+    tell: Callable[[Taken], None] | None
+
+
 @dataclass(slots=True)
 class _Round:
-    # What the checkpoint that is under way belongs to.
+    # What the checkpoint that is under way belongs to, or all those of a pace.
     answer: asyncio.Future[Taken]
     # ``None``: there is nothing to do, and the event loop need not be waited for.
     stopped: Phase | None = None
     resuming: Phase | None = None
     resumed: Phase | None = None
+    pace: _Pace | None = None
     marks_ns: dict[str, int] = field(default_factory=dict)
     after: Future[None] | None = None
 
     def mark(self, name: str) -> None:
         self.marks_ns[name] = time.monotonic_ns()
+
+    def taken(self, ack: Ack, now_ns: int) -> Taken:
+        marks = self.marks_ns
+        parts = {
+            "suspend": marks["stopped"] - marks["asked"],
+            "postsuspend": marks["barriers"] - marks["stopped"],
+            "copy": marks["copied"] - marks["barriers"],
+            "preresume": marks["permitted"] - marks["copied"],
+            "resume": marks["resumed"] - marks["permitted"],
+        }
+        return Taken(marks["asked"], marks["stopped"], marks["resumed"], now_ns, ack, parts)
 
 
 def _fine() -> None:
@@ -143,7 +171,7 @@ class RemusLoop:
         self._intact = intact
         self._progress: Progress | None = None
         self._loop = asyncio.get_running_loop()
-        self._orders: SimpleQueue[bool] = SimpleQueue()
+        self._orders: SimpleQueue[_Order] = SimpleQueue()
         self._round: _Round | None = None
         self._count = 0
         self._resting = False
@@ -201,22 +229,36 @@ class RemusLoop:
         Raises:
             HypervisorError: Nothing was acknowledged. The guest may be suspended.
         """
-        if not self._resting:
-            raise HypervisorError(f"no checkpoint can be taken: {self._why()}")
-
-        def begin() -> None:
-            self._resting = False
-            self._orders.put(True)  # noqa: FBT003 - go on
-
         ours = _Round(self._loop.create_future())
         if phases is not None:
             ours.stopped = partial(_run, phases.postsuspend, epoch)
             ours.resuming = partial(_run, phases.preresume, epoch)
             ours.resumed = partial(_run, phases.postresume, epoch)
-        taken = await self._await(ours, begin)
+        taken = await self._next(ours)
         if ours.after is not None:
             await asyncio.wrap_future(ours.after)
         return taken
+
+    async def run(self, interval_s: float, count: int, tell: Callable[[Taken], None] | None = None) -> None:
+        """Make checkpoints one after the other in libxc's thread alone, for a guest whose devices need not be told.
+
+        Args:
+            interval_s: How long the guest runs between two, counted from the end of one, seconds.
+            count: How many, 0 = until told to `rest`.
+            tell: Told of each, in the event loop; ``None``: nobody is, and the event loop has nothing to do.
+
+        Raises:
+            HypervisorError: The last one was not acknowledged. The guest may be suspended.
+
+        Guarantees:
+            Afterwards it rests between two checkpoints, unless it failed.
+        """
+        pace = _Pace(interval_s, count, tell)
+        await self._next(_Round(self._loop.create_future(), pace=pace))
+
+    def rest(self) -> None:
+        """Have `run` return when the checkpoint that is under way, if one is, has come to its end. Idempotent."""
+        self._orders.put(_Order.REST)
 
     def cut(self, reason: str) -> None:
         """End the stream in the middle, whatever is under way; nothing counts as acknowledged any more. Idempotent.
@@ -231,7 +273,7 @@ class RemusLoop:
         stopping = self._stopping  # libxc's thread may let go of it meanwhile
         if stopping is not None:
             stopping.cancel()
-        self._orders.put(False)  # noqa: FBT003 - do not go on
+        self._orders.put(_Order.END)
         if self._round is not None and not self._round.answer.done():
             self._round.answer.set_exception(HypervisorError(f"the checkpoint stream was cut: {reason}"))
 
@@ -239,7 +281,7 @@ class RemusLoop:
         """End at rest, as planned: the guest runs on, and the stream ends with the last whole checkpoint."""
         if self._resting:
             self._resting = False
-            self._orders.put(False)  # noqa: FBT003 - as above
+            self._orders.put(_Order.END)
 
     async def join(self, timeout_s: float) -> None:
         """Wait until libxc has returned.
@@ -257,6 +299,12 @@ class RemusLoop:
                 f"libxc's save of the guest did not return within {timeout_s:g} s"
             ) from None
 
+    async def _next(self, ours: _Round) -> Taken:
+        if not self._resting:
+            raise HypervisorError(f"no checkpoint can be taken: {self._why()}")
+        self._resting = False
+        return await self._await(ours, partial(self._orders.put, _Order.GO_ON))
+
     async def _await(self, ours: _Round, begin: Callable[[], None]) -> Taken:
         self._round = ours
         begin()
@@ -270,15 +318,7 @@ class RemusLoop:
         ours = self._round
         if ours is None or ours.answer.done():
             return
-        marks = ours.marks_ns
-        parts = {
-            "suspend": marks["stopped"] - marks["asked"],
-            "postsuspend": marks["barriers"] - marks["stopped"],
-            "copy": marks["copied"] - marks["barriers"],
-            "preresume": marks["permitted"] - marks["copied"],
-            "resume": marks["resumed"] - marks["permitted"],
-        }
-        ours.answer.set_result(Taken(marks["asked"], marks["stopped"], marks["resumed"], now_ns, ack, parts))
+        ours.answer.set_result(ours.taken(ack, now_ns))
 
     def _over(self, failure: BaseException | None) -> None:
         self.failure = failure
@@ -380,8 +420,27 @@ class RemusLoop:
         for record in self._guest.records():
             self._outlet.write(record)
         ack = self._outlet.acknowledged(self._count, _COPY_ACK_S if self._count == 1 else _ACK_S)
-        self._loop.call_soon_threadsafe(self._acknowledged, ack, time.monotonic_ns())
-        return self._orders.get()
+        now_ns = time.monotonic_ns()
+        ours = self._round
+        if ours is not None and ours.pace is not None:
+            order = self._paced(ours, ours.pace, ack, now_ns)
+            if order is not _Order.REST:
+                return order is _Order.GO_ON
+        self._loop.call_soon_threadsafe(self._acknowledged, ack, now_ns)
+        while (order := self._orders.get()) is _Order.REST:
+            pass
+        return order is _Order.GO_ON
+
+    def _paced(self, ours: _Round, pace: _Pace, ack: Ack, now_ns: int) -> _Order:
+        if pace.tell is not None:
+            self._loop.call_soon_threadsafe(pace.tell, ours.taken(ack, now_ns))
+        pace.left -= 1
+        if not pace.left:
+            return _Order.REST
+        try:
+            return self._orders.get(timeout=pace.interval_s)
+        except Empty:
+            return _Order.GO_ON
 
     def switch_qemu_logdirty(self, domid: int, *, enable: bool) -> None:  # noqa: ARG002 - libxc's signature
         """Tell the device model, which writes to the guest's memory, too."""

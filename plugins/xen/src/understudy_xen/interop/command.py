@@ -86,8 +86,6 @@ def remus(  # noqa: PLR0913 - one argument per option
     words = shlex.split(command) if command else ["ssh", str(host), "xl", "migrate-receive", "-r", "-e"]
 
     def tell(figures: RemusFigures) -> None:
-        if quiet:
-            return
         if output == "json":
             click.echo(json.dumps(asdict(figures)))
         else:
@@ -104,7 +102,7 @@ def remus(  # noqa: PLR0913 - one argument per option
         command=None if blackhole else words,
         interval_ms=interval_ms,
         count=count,
-        tell=tell,
+        tell=None if quiet else tell,
         tell_end=tell_end,
     )
     _run(work, f"where it still is, {domain} runs on here, unprotected")

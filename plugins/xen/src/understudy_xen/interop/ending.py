@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -12,24 +12,30 @@ __all__ = ["whole"]
 T = TypeVar("T")
 
 
-async def whole(work: Coroutine[Any, Any, T]) -> T:
+def _nothing() -> None:
+    pass
+
+
+async def whole(work: Coroutine[Any, Any, T], *, cancelled: Callable[[], None] = _nothing) -> T:
     """Await `work`, and let no cancellation of the caller reach it, however often; a second Ctrl-C is one.
 
     Args:
         work: Has deadlines of its own.
+        cancelled: Called at each cancellation, to have it come to its end soon.
 
     Raises:
         BaseException: What `work` raises.
         CancelledError: The caller was cancelled meanwhile; `work` has come to its end before.
     """
     task = asyncio.ensure_future(work)
-    cancelled = False
+    give_up = False
     while not task.done():
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
+            give_up = True
+            cancelled()
+    if give_up:
         with suppress(Exception):
             task.result()
         raise asyncio.CancelledError

@@ -72,7 +72,7 @@ async def run_remus(
     command: list[str] | None,
     interval_ms: float,
     count: int,
-    tell: Callable[[RemusFigures], None],
+    tell: Callable[[RemusFigures], None] | None,
     tell_end: Callable[[Fate], None],
 ) -> None:
     """Checkpoint a running guest until cancelled.
@@ -82,7 +82,7 @@ async def run_remus(
         command: The receiver; ``None`` for a blackhole.
         interval_ms: How long the guest runs between two checkpoints, counted from the end of one, as with xl.
         count: How many checkpoints after the first copy, 0 = without end.
-        tell: Told of each.
+        tell: Told of each; ``None``: nobody is.
         tell_end: Told at the end, however it came, what became of the copy.
 
     Raises:
@@ -129,16 +129,17 @@ class _Sender:
         self._loop = RemusLoop(self._live, outlet, saving, total_pages=pages, intact=self._intact)
         await self._loop.copy(None, no_progress)
 
-    async def checkpoints(self, interval_ms: float, count: int, tell: Callable[[RemusFigures], None]) -> None:
-        assert self._loop is not None  # noqa: S101 - `begin` came before
-        number, before_ns = 0, time.monotonic_ns()
-        while not count or number < count:
-            await asyncio.sleep(interval_ms / 1000)
-            number += 1
-            # Only between two checkpoints can the receiver be told anything.
-            taken = await whole(self._loop.take(number, None))
-            tell(_figures(number, taken, before_ns))
-            before_ns = taken.acknowledged_ns
+    async def checkpoints(
+        self, interval_ms: float, count: int, tell: Callable[[RemusFigures], None] | None
+    ) -> None:
+        loop = self._loop
+        assert loop is not None  # noqa: S101 - `begin` came before
+        interval_s = interval_ms / 1000
+        # The first copy counts as a checkpoint: the guest runs for an interval after it, too.
+        await asyncio.sleep(interval_s)
+        pacing = loop.run(interval_s, count, None if tell is None else _Teller(tell).tell)
+        # Only between two checkpoints can the receiver be told anything.
+        await whole(pacing, cancelled=loop.rest)
 
     async def end(self, tell: Callable[[Fate], None]) -> None:
         fate = Fate.UNKNOWN
@@ -177,14 +178,26 @@ class _Sender:
         return Fate.UNKNOWN
 
 
-def _figures(number: int, taken: Taken, before_ns: int) -> RemusFigures:
-    return RemusFigures(
-        checkpoint=number,
-        suspend_ms=(taken.stopped_ns - taken.asked_ns) / 1e6,
-        pause_ms=(taken.resumed_ns - taken.stopped_ns) / 1e6,
-        written_ms=(taken.acknowledged_ns - taken.resumed_ns) / 1e6,
-        cycle_ms=(taken.acknowledged_ns - before_ns) / 1e6,
-    )
+class _Teller:
+    # Tells of each checkpoint in milliseconds.
+
+    def __init__(self, tell: Callable[[RemusFigures], None]) -> None:
+        self._tell = tell
+        self._number = 0
+        self._before_ns = time.monotonic_ns()
+
+    def tell(self, taken: Taken) -> None:
+        self._number += 1
+        self._tell(
+            RemusFigures(
+                checkpoint=self._number,
+                suspend_ms=(taken.stopped_ns - taken.asked_ns) / 1e6,
+                pause_ms=(taken.resumed_ns - taken.stopped_ns) / 1e6,
+                written_ms=(taken.acknowledged_ns - taken.resumed_ns) / 1e6,
+                cycle_ms=(taken.acknowledged_ns - self._before_ns) / 1e6,
+            )
+        )
+        self._before_ns = taken.acknowledged_ns
 
 
 def _outlet(command: list[str] | None) -> Outlet:

@@ -26,16 +26,17 @@ from understudy_xen.libs.domain import DomainType, ShutdownReason
 from understudy_xen.libs.errors import DomainGone, SuspendFailed, SuspendFailure, XenCallFailed
 from understudy_xen.libs.loading import call
 from understudy_xen.libs.xen import HvmParam, Xen
-from understudy_xen.xenstore import BlockingStore, XenStoreConflict, asking
+from understudy_xen.xenstore import BlockingStore, XenStoreConflict, XenStoreMissing, asking
 
-__all__ = ["Suspended", "Suspender", "Way", "choose_way"]
+__all__ = ["Suspended", "Suspender", "Way", "choose_way", "withdraw"]
 
 # The hypervisor's word wakes xenstored, and xenstored's wakes us. Looking by ourselves all the time is no faster, and
 # takes the processor from the guest that is to suspend. This is for a word that got lost on the way.
-_LOOK_S: Final = 0.02
+_LOOK_S: Final = 0.1
 _ALL: Final = "@releaseDomain"
 _TOKEN: Final = "suspend"  # noqa: S105 - of a watch
 _WITHDRAWALS: Final = 50
+_REQUEST: Final = "suspend"
 
 
 class Way(Enum):
@@ -82,6 +83,32 @@ def choose_way(xen: Xen, store: BlockingStore, domid: int) -> tuple[Way, int]:
     if port and port.isdecimal():
         return Way.EVENT_CHANNEL, int(port)
     return Way.XENSTORE, -1
+
+
+def withdraw(store: BlockingStore, domid: int) -> bool:
+    """Take back a request to suspend that a guest has not taken up yet, and tell whether there was one.
+
+    A guest takes it up by writing nothing in its place; then it cannot be taken back any more.
+
+    Args:
+        store: Xenstore.
+        domid: Of the guest.
+
+    Raises:
+        XenStoreLost: Xenstored is gone. Whether the guest will suspend is not known.
+    """
+    for _ in range(_WITHDRAWALS):
+        try:
+            return store.write_if(_control(domid), _REQUEST, "")
+        except XenStoreMissing:
+            return False
+        except XenStoreConflict:
+            continue
+    return False
+
+
+def _control(domid: int) -> str:
+    return f"/local/domain/{domid}/control/shutdown"
 
 
 class _EventChannel:
@@ -152,7 +179,6 @@ class Suspender:
         self.domid = domid
         self._xen = xen
         self._store = BlockingStore()
-        self._control = f"/local/domain/{domid}/control/shutdown"
         self._channel: _EventChannel | None = None
         try:
             best, port = choose_way(xen, self._store, domid)
@@ -181,6 +207,9 @@ class Suspender:
     def suspend(self, *, timeout_s: float) -> Suspended:
         """Suspend the guest, and return when the hypervisor says that it is; blocks.
 
+        One that is suspended already, by an earlier request that it took long over, is not asked: it would suspend
+        again as soon as it runs.
+
         Args:
             timeout_s: How long it may take, seconds.
 
@@ -195,9 +224,10 @@ class Suspender:
         asked = time.monotonic_ns()
         deadline = asked / 1e9 + timeout_s
         try:
-            self._ask()
-            if not self._seen(deadline):
-                self._give_up()
+            if self._xen.shutdown_reason(self.domid) is not ShutdownReason.SUSPEND:
+                self._ask()
+                if not self._seen(deadline):
+                    self._give_up()
         except DomainGone:
             raise SuspendFailed(self.domid, SuspendFailure.GONE) from None
         return Suspended(self.way, asked, time.monotonic_ns())
@@ -219,7 +249,8 @@ class Suspender:
         elif self.way is Way.OUTSIDE:
             self._xen.shutdown(self.domid, ShutdownReason.SUSPEND)
         else:
-            self._store.write(self._control, "suspend")
+            # Its answer says nothing of interest: what counts is whether the guest suspends.
+            self._store.post(asking.write(self._control, "suspend"))
 
     def _seen(self, deadline: float) -> bool:
         # Told by whoever is told first of a shutdown. Only a guest that is suspended from outside may be at once.
@@ -243,15 +274,8 @@ class Suspender:
             self._store.wait(left)
 
     def _give_up(self) -> None:
-        if self.way is Way.XENSTORE:
-            for _ in range(_WITHDRAWALS):
-                try:
-                    withdrawn = self._store.write_if(self._control, "suspend", "")
-                except XenStoreConflict:
-                    continue
-                if withdrawn:
-                    raise SuspendFailed(self.domid, SuspendFailure.UNANSWERED)
-                break
+        if self.way is Way.XENSTORE and withdraw(self._store, self.domid):
+            raise SuspendFailed(self.domid, SuspendFailure.UNANSWERED)
         # It may have done so between the last look and now.
         if self._xen.shutdown_reason(self.domid) is not ShutdownReason.SUSPEND:
             raise SuspendFailed(self.domid, SuspendFailure.TIMEOUT)
