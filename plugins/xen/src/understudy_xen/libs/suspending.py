@@ -250,7 +250,7 @@ class Suspender:
             self._xen.shutdown(self.domid, ShutdownReason.SUSPEND)
         else:
             # Its answer says nothing of interest: what counts is whether the guest suspends.
-            self._store.post(asking.write(self._control, "suspend"))
+            self._store.post(asking.write(_control(self.domid), _REQUEST))
 
     def _seen(self, deadline: float) -> bool:
         # Told by whoever is told first of a shutdown. Only a guest that is suspended from outside may be at once.
