@@ -160,3 +160,35 @@ async def test_the_protection_ends_where_the_operator_chose_that(lan: Lan, packe
     await nic.stop(failover=True)
     await nic.teardown(Verdict.KEEP)
     assert await lan.numbers() == list(range(min(packets, 100)))
+
+
+@pytest.mark.parametrize("barrier", [True, False], ids=["at the barrier", "before it"])
+async def test_a_drop_is_told_by_the_next_error_although_nobody_has_looked(lan: Lan, barrier: bool) -> None:
+    # The next look is a second away; the epoch that lost packets must not be acknowledged meanwhile.
+    nic = await opened(options=replace(options("unprotect"), look_ms=1000))
+    for epoch in (1, 2):
+        await nic.postsuspend(epoch)
+        await nic.error()
+        await nic.commit(epoch)
+    lan.send(3, range(130), size=SIZE)
+    assert await lan.numbers() == []  # what is behind it has arrived
+    if barrier:
+        await nic.postsuspend(3)
+    with pytest.raises(HypervisorError, match="was full and dropped 30 packets"):
+        await nic.error()
+    assert nic.counters()["dropped_packets"] == 30
+    await nic.teardown(Verdict.DISCARD)
+
+
+async def test_an_epoch_that_joins_one_not_released_is_asked_for_its_drops(lan: Lan) -> None:
+    # No barrier of its own tells of them: the one before it is outstanding, and told all that it knew.
+    nic = await opened(options=replace(options("unprotect"), look_ms=1000))
+    await spoken(lan, nic, 1, range(50), size=SIZE)
+    await nic.postsuspend(1)
+    await nic.error()
+    lan.send(2, range(50, 101), size=SIZE)
+    assert await lan.numbers() == []
+    await nic.postsuspend(2)
+    with pytest.raises(HypervisorError, match="was full and dropped 1 packets"):
+        await nic.error()
+    await nic.teardown(Verdict.DISCARD)

@@ -210,11 +210,22 @@ class Gate:
         await self._wire.ask(self._read, lambda answer: seen.append(self._seen(answer)))
         return seen[0]
 
-    def check(self) -> None:
-        """Raise why this is no gate any more, if it is none."""
+    async def count(self) -> None:
+        """Take in what the kernel has counted, and what others have changed, until now or until the barrier just put.
+
+        Guarantees:
+            What the gate has dropped before the last barrier, or before this call if no barrier was put since the one
+            before, is known.
+        """
         self._wire.drain()
-        if self._barrier:
+        if self._barrier and self._barrier_stats is None:
             self._parted_stats()
+        elif self.stands:
+            with suppress(HypervisorError, KernelRefused):  # it is lost, which the wire tells
+                await self.look()
+
+    def check(self) -> None:
+        """Raise why this is no gate any more, if it is known to be none."""
         if self.failure is not None:
             raise self.failure
 

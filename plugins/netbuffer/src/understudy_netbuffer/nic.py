@@ -119,12 +119,15 @@ class BufferedNic(ProtectedDevice):
     async def error(self) -> None:
         """Raise if the gate is none any more, or if the operator's policy ends the protection.
 
+        It does not wait for `_look`, which may be late: what was dropped by now is told now.
+
         Raises:
             HypervisorError: Why.
         """
         self._runs.set()
-        self._gate.check()
+        await self._gate.count()
         self._tell_drops()
+        self._gate.check()
 
     async def commit(self, epoch: int) -> None:
         """Let out what was sent in `epoch`."""
