@@ -309,6 +309,36 @@ async def test_the_secondarys_host_dies(story: Story, client: CounterClient) -> 
     await goes_on(client)
 
 
+@pytest.mark.long
+async def test_what_a_dead_agent_has_asked_of_the_guest_is_withdrawn_or_undone(
+    story: Story, client: CounterClient
+) -> None:
+    home = story.home
+    await story.started()
+    domid = (await home.run("xl", "domid", "web")).output.strip()
+    control = f"/local/domain/{domid}/control/shutdown"
+
+    async def withdrawn() -> bool:
+        return (await home.run("xenstore-read", control)).output.strip() == ""
+
+    async def restarted() -> None:
+        await story.agent(home, "KILL")
+        await story.site.equip(home)
+
+    await home.run("xl", "pause", "web")  # it takes nothing up
+    await home.run("xenstore-write", control, "suspend")
+    await restarted()
+    await until(withdrawn, "the request is withdrawn")
+    await home.run("xl", "unpause", "web")
+    await goes_on(client)
+    # What was taken up before, and is done now.
+    await restarted()
+    await story.becomes(home, "alone")
+    await home.run("xenstore-write", control, "suspend")
+    await until(withdrawn, "the request is taken up")
+    await goes_on(client)
+
+
 # --- The guest's own end; a connection ends with it ------------------------------------------------------------------
 
 

@@ -31,17 +31,18 @@ class ClaimTaken(HypervisorError):
 
 
 @contextmanager
-def claimed(domid: int, *, directory: Path = RUN_DIRECTORY) -> Iterator[None]:
+def claimed(domid: int, *, directory: Path | None = None) -> Iterator[None]:
     """Enter as the only one who saves or resumes a domain.
 
     Args:
         domid: The domain.
-        directory: Where the locks are; nobody but root may write there.
+        directory: Where the locks are, ``None`` for Xen's; nobody but root may write there.
 
     Raises:
         ClaimTaken: There is one already.
         HypervisorError: The lock cannot be used.
     """
+    directory = RUN_DIRECTORY if directory is None else directory
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -34,7 +34,9 @@ from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.domainconfig import INCOMING
 from understudy_xen.guestfile import HYPERVISOR, Compression, SuspendVia, XenConfig, parse_config
 from understudy_xen.inventory import Domain
+from understudy_xen.late import LateSuspends
 from understudy_xen.libs import DomainType, Way, Xen, open_xen
+from understudy_xen.live import LiveGuest
 from understudy_xen.pauses import StoredPauses
 from understudy_xen.primary import GATES, PrimaryParts, XenPrimary
 from understudy_xen.secondary import SecondaryParts, XenSecondary
@@ -67,6 +69,7 @@ class XenHypervisor(Hypervisor):
     def __init__(self, here: HostContext) -> None:
         super().__init__(here)
         self._xen: Xen | None = None
+        self.late = LateSuspends(lambda: self.xen, self.resume)
 
     @property
     def modes(self) -> Mapping[Mode, frozenset[Gate]]:
@@ -225,6 +228,22 @@ class XenHypervisor(Hypervisor):
                 if await store.get(f"/local/domain/{info.domid}/name") is None:
                     await toolstack.destroy(self.xen, info.domid)
 
+    async def resume(self, domid: int) -> None:
+        """Let a suspended domain and its device model run on.
+
+        Raises:
+            ClaimTaken: Somebody else is at work on it.
+            HypervisorError: It does not run.
+        """
+        info = self.xen.domain(domid)
+        if info is None:
+            return
+        live = LiveGuest(self.xen, domid, DeviceModel(domid) if info.kind is DomainType.HVM else None)
+        try:
+            await asyncio.to_thread(live.bring_back, 0)
+        finally:
+            live.close()
+
     # --- Contract: sessions ------------------------------------------------------------------------------------------
 
     async def primary(self, config: GuestConfig) -> PrimaryDomain:
@@ -241,6 +260,7 @@ class XenHypervisor(Hypervisor):
             raise GuestNotFound(f"{config.name} does not run on {self.here.host}")
         if _state(domain) is GuestState.SHUTOFF:
             raise StateError(f"{config.name} has shut down on {self.here.host}")
+        await self.late.call_off(domain.domid)
         parts = PrimaryParts(
             xen=self.xen,
             domid=domain.domid,
@@ -251,6 +271,7 @@ class XenHypervisor(Hypervisor):
             config=lambda: toolstack.configuration(domain.domid),
             let_go=lambda: self.discard(domain),
             pauses=StoredPauses(domain.domid),
+            may_suspend=lambda: self.late.expect(domain.domid),
         )
         return XenPrimary(parts, DomainWatch.begin(self.xen, domain.domid))
 

@@ -2,9 +2,9 @@
 
 A domain that is the guest although the record gives it to another host, and a copy that nobody will ever promote, are
 discarded: interfaces down and off their bridges, then destroyed. A guest whose record says that it is ``alone`` here
-runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on; one that an
-administrator has paused stays so. One whose record is
-undecided stays as it is, with whatever gates stand above it.
+runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on, and one that was asked
+to suspend is told to forget it, or resumed when it does; one that an administrator has paused stays so. One whose
+record is undecided stays as it is, with whatever gates stand above it.
 
 Log-dirty mode needs nothing: libxc turns it off when its process ends in peace, and turns it on anew if it was left on.
 """
@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from understudy.arbiter import Record, RecordState
 from understudy_xen import toolstack
-from understudy_xen.devicemodel import DeviceModel
-from understudy_xen.libs import DomainType
-from understudy_xen.live import SUSPEND_S, LiveGuest
+from understudy_xen.claim import ClaimTaken, claimed
+from understudy_xen.libs.suspending import withdraw
 from understudy_xen.pauses import Pauses, StoredPauses
 from understudy_xen.restorer.client import once
 from understudy_xen.savers import saved_by
-from understudy_xen.xenstore import XenStore
+from understudy_xen.xenstore import BlockingStore, XenStore
 
 if TYPE_CHECKING:
     from understudy_xen.guestfile import XenConfig
@@ -70,22 +70,33 @@ async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | N
 
 async def _run_on(hypervisor: XenHypervisor, domain: Domain, record: Record) -> list[str]:
     done = []
-    if domain.info.suspended and (saver := saved_by(domain.domid)):
-        done.append(
-            f"{domain.name} is suspended while another toolstack saves it (pid {saver}): left as it is"
-        )
+    if saver := saved_by(domain.domid):
+        if domain.info.suspended:
+            done.append(
+                f"{domain.name} is suspended while another toolstack saves it (pid {saver}): left as it is"
+            )
     elif domain.info.suspended:
-        model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
-        live = LiveGuest(hypervisor.xen, domain.domid, model)
         try:
-            await asyncio.to_thread(live.bring_back, SUSPEND_S)
-        finally:
-            live.close()
-        done.append(f"{domain.name} was left suspended in the middle of a checkpoint: resumed")
+            await hypervisor.resume(domain.domid)
+            done.append(f"{domain.name} was left suspended in the middle of a checkpoint: resumed")
+        except ClaimTaken as taken:
+            done.append(f"{domain.name} is suspended: {taken}")
+    elif await asyncio.to_thread(_withdrawn, domain.domid):
+        done.append(f"{domain.name} was asked to suspend, and had not taken that up: withdrawn")
+    else:
+        # It may have taken up what a dead agent has asked.
+        hypervisor.late.expect(domain.domid)
     if await _unpaused(hypervisor, domain.domid):
         done.append(f"{domain.name} was left paused: it runs")
     await hypervisor.mark(domain.domid, record)
     return done
+
+
+def _withdrawn(domid: int) -> bool:
+    # What somebody who is alive has asked for is his matter.
+    with suppress(ClaimTaken), claimed(domid), BlockingStore() as store:
+        return withdraw(store, domid)
+    return False
 
 
 async def _unpaused(hypervisor: XenHypervisor, domid: int) -> bool:

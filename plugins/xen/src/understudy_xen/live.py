@@ -1,5 +1,8 @@
 """One running guest as the checkpoint loop needs it: stopped with its device model, and let go again, as libxl does it.
 
+What a guest was asked for, and did not do while anybody waited, is taken back where that can be done; `LiveGuest.late`
+says that it could not, and late.py then waits for the guest. Nobody resumes a guest while another has the claim on it.
+
 Called in libxc's thread, which may block. Only the device model is asked through the event loop, where its connection
 lives; it is connected before the guest is stopped, so that what libxl's socket takes to answer is no pause.
 
@@ -10,19 +13,23 @@ libxl_dom_save.c (libxl__save_emulator_xenstore_data) of Xen 4.17.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from understudy_xen.claim import claimed
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.libs import Suspender, SuspendFailed, SuspendFailure, Way, Xen
+from understudy_xen.libs.suspending import withdraw
 from understudy_xen.streams.cursor import Buffer
 from understudy_xen.streams.libxl import EmulatorContext, EmulatorXenstoreData
 from understudy_xen.streams.writer import checkpoint, ending
-from understudy_xen.xenstore import BlockingStore, XenStoreMissing, asking
+from understudy_xen.xenstore import BlockingStore, XenStoreError, XenStoreMissing, asking
 
 __all__ = ["SUSPEND_S", "LiveGuest"]
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LOOK_S: Final = 0.01
@@ -49,13 +56,18 @@ class LiveGuest:
         self._suspender = Suspender(xen, domid, way=way)
         self._context: EmulatorContext | None = None
         self._keys: EmulatorXenstoreData | None = None
-        self._may_suspend = False  # it was asked, has taken that up, and did not do it in time
+        self._asked = False  # and neither seen suspended nor was that taken back
         self._xen = xen
 
     @property
     def way(self) -> Way:
         """How it is asked to suspend."""
         return self._suspender.way
+
+    @property
+    def late(self) -> bool:
+        """Whether it may suspend yet, although nobody waits for it."""
+        return self._asked
 
     def suspend(self) -> None:
         """Suspend it, stop its device model, and take the state of its devices.
@@ -67,11 +79,13 @@ class LiveGuest:
         model = self._model
         if model is not None:
             self._in_loop(model.connect())
+        self._asked = True
         try:
             self._suspender.suspend(timeout_s=SUSPEND_S)
         except SuspendFailed as failed:
-            self._may_suspend = failed.failure is SuspendFailure.TIMEOUT
+            self._asked = failed.failure is SuspendFailure.TIMEOUT
             raise
+        self._asked = False
         if model is None:
             return
         self._context = EmulatorContext(self._in_loop(_capture(model)))
@@ -100,26 +114,48 @@ class LiveGuest:
             timeout_s: How long a guest that has taken up the request to suspend may take to do so, seconds.
 
         Raises:
+            ClaimTaken: It is suspended, and somebody else is at work on it; it is left to them.
             HypervisorError: It does not run.
 
         Guarantees:
-            It runs afterwards, unless somebody else has paused it or it has ended; its device model runs, too.
+            It runs afterwards, unless somebody else has paused it or it has ended; its device model runs, too. A
+            request to suspend that it had not taken up is taken back; if it may suspend yet, `late` says so.
         """
+        if self._asked:
+            self._take_back()
         deadline = time.monotonic() + timeout_s
         while True:
             info = self._xen.domain(self.domid)
             if info is None or info.dying:
+                self._asked = False
                 return
             if info.suspended:
-                self.resume()
+                self._let_go()
                 return
-            if not self._may_suspend or time.monotonic() > deadline:
+            if not self._asked or time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_S)
-        self._may_suspend = False
         if self._model is not None:
             self._in_loop(self._model.proceed())
             self._in_loop(self._model.release())
+
+    def _take_back(self) -> None:
+        if self.way is not Way.XENSTORE:
+            return
+        try:
+            # On a connection of its own: the other one may be what failed.
+            with BlockingStore() as store:
+                self._asked = not withdraw(store, self.domid)
+        except XenStoreError as error:
+            _log.warning("domain %d may suspend yet: that cannot be taken back: %s", self.domid, error)
+
+    def _let_go(self) -> None:
+        with claimed(self.domid):
+            # Nobody can have let it go since: it would be let go a second time.
+            info = self._xen.domain(self.domid)
+            if info is not None and info.suspended:
+                self.resume()
+        self._asked = False
 
     def log_dirty(self, *, enable: bool) -> None:
         """Have the device model mark the pages that it writes, or not any more."""

@@ -52,7 +52,8 @@ class PrimaryParts:
     """What a session on the primary is made of.
 
     `config` returns the domain's configuration, libxl's JSON; `let_go` takes its interfaces off the network, then
-    destroys it and sees it gone, in this order; `pauses` outlives the agent.
+    destroys it and sees it gone, in this order; `pauses` outlives the agent; `may_suspend` is told that the guest may
+    suspend yet, and is not waited for.
     """
 
     xen: Xen
@@ -64,6 +65,7 @@ class PrimaryParts:
     config: Callable[[], Awaitable[bytes]]
     let_go: Callable[[], Awaitable[None]]
     pauses: PauseNotes
+    may_suspend: Callable[[], None]
 
 
 def stream_head(config: bytes) -> bytes:
@@ -185,6 +187,8 @@ class XenPrimary(PrimaryDomain):
             await self._loop.join(return_s)
         if self._live is not None:
             await asyncio.to_thread(self._live.bring_back, SUSPEND_S)
+            if self._live.late:
+                self._parts.may_suspend()
         await self._pauses.end()
         info = self._parts.xen.domain(self._parts.domid)
         if info is None or info.dying:
