@@ -9,10 +9,9 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -112,6 +111,48 @@ async def test_a_link_into_a_hole_whose_writer_died_counts_for_nothing(tmp_path:
     guest._link(f"{2:020d}.json", json.dumps(first().to_json()).encode())
     assert await arbiter.read("web") == current
     assert await arbiter.history("web") == kept
+
+
+class _EndsEarly(_Guest):
+    """Listings as QEMU's 9p server gives them beside a writer: without their ends, or without anything."""
+
+    told: ClassVar[list[int]] = []  #: how many names of each listing, in order; then all of them
+
+    def _names(self) -> list[str]:
+        names = sorted(super()._names())  # numbers come before "tmp-"
+        return names[: self.told.pop(0)] if self.told else names
+
+
+async def test_a_listing_that_ends_early_is_not_believed(tmp_path: Path) -> None:
+    arbiter = DirectoryArbiter(tmp_path)
+    _, current = await arbiter.swap(None, first())
+    for number in range(2, 6):
+        _, current = await arbiter.swap(current, following(current, attempt=str(number)))
+    guest = _EndsEarly(tmp_path, "web")
+    for told in ([0], [0, 0, 0], [1], [3, 0, 2]):
+        guest.told[:] = told
+        assert guest.read() == current
+        assert guest.told == []
+    guest.told[:] = [0, 2]
+    won, six = guest.exchange(current, following(current, attempt="6"))
+    assert won
+    assert six is not None
+    assert six.generation == 6
+    guest.told[:] = [0] * 16
+    with pytest.raises(ArbiterUnavailable, match="16 listings in a row"):
+        guest.read()
+
+
+async def test_a_listing_without_the_newest_generations_is_completed_by_name(tmp_path: Path) -> None:
+    class Lacks(_Guest):
+        def _names(self) -> list[str]:
+            return [name for name in super()._names() if not name.endswith(("4.json", "5.json"))]
+
+    arbiter = DirectoryArbiter(tmp_path)
+    _, current = await arbiter.swap(None, first())
+    for number in range(2, 6):
+        _, current = await arbiter.swap(current, following(current, attempt=str(number)))
+    assert Lacks(tmp_path, "web").read() == current
 
 
 async def test_debris_is_ignored_and_old_debris_removed(tmp_path: Path) -> None:
@@ -381,10 +422,10 @@ class _Interleaved(_Guest):
 
     when = "before"
 
-    def _publish(self, generation: int, data: Mapping[str, Any]) -> None:
+    def _link(self, name: str, content: bytes) -> None:
         if self.when == "before":
             self._other()
-        super()._publish(generation, data)
+        super()._link(name, content)
         if self.when == "after":
             self._other()
 

@@ -19,9 +19,13 @@ no lock, no rename over an existing name, and no moment at which a reader can se
   it counts for nothing. Generations only grow and the newest is never deleted.
 * *Durability.* A record is believed only once its directory entry is on the disk: winners, losers and readers fsync
   the directory before they answer. So a crash of the file server cannot take back what somebody acted upon.
-* *Freshness.* A reader creates and removes a temporary name before it lists: an NFS client then sees that its cached
-  listing is old. Immutable files need no freshness. (Mounts with ``noac`` or ``lookupcache=none`` are best
+* *Freshness.* A listing is taken while a temporary name is there that was created for it: an NFS client then sees that
+  its cached listing is old. Immutable files need no freshness. (Mounts with ``noac`` or ``lookupcache=none`` are best
   all the same; and nothing is ever started on a read alone.)
+* *Listings that end early.* QEMU's 9p server with ``multidevs=remap`` gives up a listing with ENOENT when a name goes
+  away under it, and the C library takes ENOENT for the end (measured: 338 of 1966 listings were empty beside one
+  busy writer). A listing without its own temporary name is thrown away; and whether there is a later generation
+  than the last one listed is asked by its name.
 * *Hanging.* File operations run in threads of their own with a deadline (`understudy.threads`). What one that hangs in
   the kernel does later is what the contract calls a late answer.
 """
@@ -36,7 +40,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from understudy.arbiter import Arbiter, Record, SwapResult
@@ -51,6 +55,7 @@ KEEP: Final = 256  # generations kept for the history
 DEBRIS_AGE_S: Final = 3600.0  # temporary files older than this are removed; harmless if it is wrong
 NAME_BYTES: Final = 255  # of one name on every common file system
 _DIGITS: Final = 20
+_LISTINGS: Final = 16
 
 
 class DirectoryArbiter(Arbiter):
@@ -106,6 +111,26 @@ class DirectoryArbiter(Arbiter):
             raise ArbiterUnavailable(f"{self.path}: {problem}") from problem
 
 
+class _Listing:
+    # The names in a guest's directory at one moment.
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.generations = self._numbers("json")
+        self.floor = max(self._numbers("floor"), default=0)
+
+    def _numbers(self, kind: str) -> Sequence[int]:
+        parts = (name.partition(".") for name in self.names)
+        return [int(stem) for stem, _, suffix in parts if suffix == kind and stem.isdecimal()]
+
+
+class _Now(NamedTuple):
+    # What counts now: the newest generation, 0 if there is none, its record, and the floor.
+    generation: int
+    record: Record | None
+    floor: int
+
+
 class _Guest:
     # The blocking half: one guest's directory. Every method may be killed at any instruction.
 
@@ -121,90 +146,90 @@ class _Guest:
     def read(self) -> Record | None:
         if not self.path.is_dir():
             return None
-        self._refresh()
-        _, current = self._current()
+        current = self._now().record
         self._sync()
         return current
 
     def exchange(self, expected: Record | None, desired: Record) -> SwapResult:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._refresh()
-        newest, current = self._current()
-        if current is not None and current.identity == desired.identity:
+        now = self._now()
+        if now.record is not None and now.record.identity == desired.identity:
             self._sync()
-            return SwapResult(won=True, record=current)
-        if not _same(current, expected):
+            return SwapResult(won=True, record=now.record)
+        if not _same(now.record, expected):
             self._sync()
-            return SwapResult(won=False, record=current)
-        wanted = replace(
-            desired, generation=newest + 1, written_at=datetime.now(UTC).isoformat(timespec="seconds")
-        )
-        self._publish(newest + 1, wanted.to_json())
-        self._sync()
-        newest, current = self._current()
-        if current is not None and current.identity == desired.identity:
-            return SwapResult(won=True, record=current)
+            return SwapResult(won=False, record=now.record)
+        written_at = datetime.now(UTC).isoformat(timespec="seconds")
+        wanted = replace(desired, generation=now.generation + 1, written_at=written_at)
+        now = self._publish(wanted.generation, wanted.to_json())
+        if now.record is not None and now.record.identity == desired.identity:
+            return SwapResult(won=True, record=now.record)
         mine = self._load(wanted.generation)
-        if mine is None or wanted.generation <= self._floor():
-            return SwapResult(won=False, record=current)
+        if mine is None or wanted.generation <= now.floor:
+            return SwapResult(won=False, record=now.record)
         theirs = Record.from_json(mine)
         if theirs.identity == desired.identity:  # won, and already overtaken by a swap that started from it
             return SwapResult(won=True, record=theirs)
-        return SwapResult(won=False, record=current)
+        return SwapResult(won=False, record=now.record)
 
     def history(self) -> Sequence[Record]:
         if not self.path.is_dir():
             return []
-        self._refresh()
-        floor = self._floor()
-        records = (self._load(generation) for generation in sorted(self._generations()) if generation > floor)
+        listing = self._listing()
+        records = (self._load(each) for each in sorted(listing.generations) if each > listing.floor)
         return [Record.from_json(data) for data in records if data is not None]
 
     def prune(self, keep: int) -> None:
         # First the floor, durable; then the files at or below it. Never the newest: keep >= 2.
-        generations = sorted(self._generations())
-        floor = generations[-1] - keep if generations else 0
+        listing = self._listing()
+        floor = max(listing.generations, default=0) - keep
         if floor <= 0:
             return
-        old = self._floor()
-        if floor > old:
+        if floor > listing.floor:
             self._link(f"{floor:0{_DIGITS}d}.floor", b"")
             self._sync()
-        for entry in list(os.scandir(self.path)):
-            stem, _, kind = entry.name.partition(".")
+        for name in listing.names:
+            stem, _, kind = name.partition(".")
             # A file that an administrator has put there has no number and is nothing of ours.
             number = int(stem) if stem.isdecimal() else floor + 1
             over = (kind == "json" and number <= floor) or (kind == "floor" and number < floor)
-            aged = entry.name.startswith("tmp-") and _age_s(entry.path) > DEBRIS_AGE_S
+            aged = name.startswith("tmp-") and _age_s(self.path / name) > DEBRIS_AGE_S
             if over or aged:
-                Path(entry.path).unlink(missing_ok=True)
+                (self.path / name).unlink(missing_ok=True)
 
     # --- Names --------------------------------------------------------------------------------------------------
 
-    def _names(self, kind: str) -> Iterable[int]:
-        for entry in os.scandir(self.path):
-            stem, _, suffix = entry.name.partition(".")
-            if suffix == kind and stem.isdecimal():
-                yield int(stem)
+    def _listing(self) -> _Listing:
+        for _ in range(_LISTINGS):
+            temporary = self._temporary()
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            try:
+                names = self._names()
+            finally:
+                temporary.unlink(missing_ok=True)
+            if temporary.name in names:
+                return _Listing(names)
+        raise ArbiterUnavailable(f"{self.path}: {_LISTINGS} listings in a row ended before their end")
 
-    def _generations(self) -> Iterable[int]:
-        return self._names("json")
+    def _names(self) -> list[str]:
+        return [path.name for path in self.path.iterdir()]
 
-    def _floor(self) -> int:
-        return max(self._names("floor"), default=0)
-
-    def _current(self) -> tuple[int, Record | None]:
+    def _now(self) -> _Now:
         while True:
-            newest = max(self._generations(), default=0)
-            if newest == 0:
-                return 0, None
-            data = self._load(newest)
-            if data is not None:  # else it was pruned while we looked, so there is a newer one
-                return newest, Record.from_json(data)
+            listing = self._listing()
+            generation = max(listing.generations, default=0)
+            data = self._load(generation) if generation else None
+            pruned = generation and data is None  # while we looked, so there is a newer one
+            partial = listing.floor and generation <= listing.floor  # the newest is always above
+            if pruned or partial:
+                continue
+            while (later := self._load(generation + 1)) is not None:
+                generation, data = generation + 1, later
+            return _Now(generation, None if data is None else Record.from_json(data), listing.floor)
 
     def _load(self, generation: int) -> Mapping[str, Any] | None:
         try:
-            data = json.loads((self.path / f"{generation:0{_DIGITS}d}.json").read_bytes())
+            data = json.loads((self.path / _json(generation)).read_bytes())
         except FileNotFoundError:
             return None
         except ValueError as problem:
@@ -215,14 +240,15 @@ class _Guest:
 
     # --- Writing ------------------------------------------------------------------------------------------------
 
-    def _publish(self, generation: int, data: Mapping[str, Any]) -> None:
+    def _publish(self, generation: int, data: Mapping[str, Any]) -> _Now:
         # Whether it succeeded is not told here: an NFS server's EEXIST may be our own success. Callers look.
-        if generation <= self._floor():
-            return
-        name = f"{generation:0{_DIGITS}d}.json"
+        name = _json(generation)
         self._link(name, json.dumps(data, indent=1).encode() + b"\n")
-        if generation <= self._floor():  # a hole that a pruner made while we slept: it counts for nothing
+        self._sync()
+        now = self._now()
+        if generation <= now.floor:  # a hole that a pruner made while we slept: it counts for nothing
             (self.path / name).unlink(missing_ok=True)
+        return now
 
     def _link(self, name: str, content: bytes) -> None:
         while True:
@@ -250,11 +276,6 @@ class _Guest:
     def _temporary(self) -> Path:
         return self.path / f"tmp-{secrets.token_hex(8)}"
 
-    def _refresh(self) -> None:
-        temporary = self._temporary()
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        temporary.unlink(missing_ok=True)
-
     def _sync(self) -> None:
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -263,15 +284,19 @@ class _Guest:
             os.close(handle)
 
 
+def _json(generation: int) -> str:
+    return f"{generation:0{_DIGITS}d}.json"
+
+
 def _same(current: Record | None, expected: Record | None) -> bool:
     if current is None or expected is None:
         return current is expected
     return (current.generation, current.identity) == (expected.generation, expected.identity)
 
 
-def _age_s(path: str) -> float:
+def _age_s(path: Path) -> float:
     try:
-        return time.time() - Path(path).stat().st_mtime
+        return time.time() - path.stat().st_mtime
     except OSError:
         return 0.0
 

@@ -187,7 +187,8 @@ class XenMachine(BedMachine):
         arguments = []
         tags = {"run": self.run, **{f"share{number}": path for number, path in enumerate(shared)}}
         for tag, path in tags.items():
-            # QEMU is root here: files get dom0's owners and modes as they are.
+            # QEMU is root here: files get dom0's owners and modes as they are. With `remap` it ends a listing early when
+            # a name goes away under it, and the C library says nothing of it: a file server that the arbiter must bear.
             arguments += ["-fsdev", f"local,id={tag},path={path},security_model=passthrough,multidevs=remap"]
             arguments += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
         return arguments
