@@ -38,10 +38,11 @@ from tests.xen.recorded import BIOS, CHECKPOINTS, NAME, TINY, Point, Recorded, r
 from understudy.arbiter import RecordState
 from understudy.errors import HypervisorError, StateError
 from understudy.hypervisor import DomainEventKind
-from understudy_xen import janitor
+from understudy_xen import copies, janitor
 from understudy_xen.domainconfig import INCOMING
 from understudy_xen.hypervisor import XenHypervisor
 from understudy_xen.wire import Coding
+from understudy_xen.xenstore import XenStore
 
 pytestmark = [pytest.mark.xen(inside=True), pytest.mark.timeout(180)]
 
@@ -296,25 +297,33 @@ async def test_libxls_death_is_told_to_both_sides(
         await primary.close()
 
 
+@asynccontextmanager
+async def agent_that_holds(checkpoints: int, recorded: Recorded, directory: Path) -> AsyncIterator[None]:
+    """Have an agent of its own hold a copy of so many checkpoints, and kill it at the end of the block."""
+    stream = directory / "stream"
+    stream.write_bytes(recorded.stream[: recorded.offset(Point(checkpoints + 1, "HVM_CONTEXT", "middle"))])
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "tests.xen.dying_agent", str(stream), str(directory), str(checkpoints)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert agent.stdout is not None
+        async with asyncio.timeout(2 * STEP_S):
+            assert await agent.stdout.readline() == b"held\n"
+        yield
+    finally:
+        agent.kill()
+        await agent.wait()
+
+
 async def test_a_dead_agents_copy_is_swept(
     recorded: Recorded, hypervisor: XenHypervisor, tmp_path: Path
 ) -> None:
-    stream = tmp_path / "stream"
-    stream.write_bytes(recorded.stream[: recorded.offset(Point(LATER, "HVM_CONTEXT", "middle"))])
     config = config_of(hypervisor)
     async with nothing_stays(hypervisor):
-        agent = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "tests.xen.dying_agent", str(stream), str(tmp_path), str(LATER - 1)),
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            assert agent.stdout is not None
-            async with asyncio.timeout(2 * STEP_S):
-                assert await agent.stdout.readline() == b"held\n"
-        finally:
-            agent.kill()
-            await agent.wait()
+        async with agent_that_holds(LATER - 1, recorded, tmp_path):
+            pass
         # Nobody has cut the stream: its end alone makes libxl make a domain, which stays a copy, and paused.
         await until(lambda: not processes(), "the restorer has ended by itself", ORPHANED_S)
         copy = await hypervisor.find(config, copy=True)
@@ -331,6 +340,32 @@ async def test_a_dead_agents_copy_is_swept(
             done = await janitor.sweep(hypervisor, config, None)
         assert done == [f"a copy of {NAME} was left on beta: discarded"]
         assert not await janitor.sweep(hypervisor, config, None)
+
+
+async def test_what_an_agent_and_its_restorer_leave_half_made_is_swept_and_other_copies_are_not(
+    recorded: Recorded, hypervisor: XenHypervisor, tmp_path: Path
+) -> None:
+    config = config_of(hypervisor)
+    async with nothing_stays(hypervisor):
+        async with agent_that_holds(1, recorded, tmp_path):
+            # With libxl's helper, which is in its group.
+            (restorer,) = (each for each in processes() if "understudy_xen.restorer" in each)
+            os.killpg(int(restorer.split()[0]), signal.SIGKILL)
+        await until(lambda: not processes(), "the restorer has ended")
+        copy = await hypervisor.find(config, copy=True)
+        assert copy is not None
+        # As `understudy xen receive` would have it: no agent has noted it.
+        await copies.forget(NAME)
+        assert not await janitor.sweep(hypervisor, config, None)
+        assert await hypervisor.find(config, copy=True) is not None
+        # As an agent leaves it that is killed with its restorer right after libxl has made the domain.
+        await copies.note(NAME, copy.uuid)
+        async with await XenStore.open(deadline_s=STEP_S) as store:
+            await store.rm(f"/local/domain/{copy.domid}/name")
+        async with asyncio.timeout(STEP_S):
+            done = await janitor.sweep(hypervisor, config, None)
+        assert done == [f"a copy of {NAME} was left half-made on beta: discarded"]
+        assert not hypervisor.xen.find(copy.uuid)
 
 
 async def test_a_stream_that_comes_after_sever_is_not_taken(

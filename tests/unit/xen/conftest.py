@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.xen.hypervisor import Domains
 from tests.unit.xen.xenstored import Xenstored
+from understudy.device import Mode
+from understudy.hypervisor import HostContext, Protection
 from understudy_xen import claim
+from understudy_xen.guestfile import XenConfig, parse_config
+from understudy_xen.hypervisor import XenHypervisor
 from understudy_xen.xenstore import connection
+
+#: ``xl destroy DOMID``, the only one of its commands that is there.
+XL = """#!/bin/sh
+test "$1" = destroy && touch {}/"$2"
+"""
 
 
 @pytest.fixture
-def domains() -> Domains:
-    return Domains()
+def domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Domains:
+    """No domains yet; ``xl destroy`` ends them."""
+    graves, programs = tmp_path / "graves", tmp_path / "programs"
+    for directory in (graves, programs):
+        directory.mkdir()
+    (programs / "xl").write_text(XL.format(graves))
+    (programs / "xl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return Domains(graves)
+
+
+@pytest.fixture
+def hypervisor(tmp_path: Path, domains: Domains, store: Xenstored) -> XenHypervisor:
+    """The plugin on the host ``alpha`` with these domains."""
+    hypervisor = XenHypervisor(HostContext("alpha", "127.0.0.1", tmp_path, tmp_path, tmp_path))
+    hypervisor._xen = domains.xen()
+    return hypervisor
+
+
+@pytest.fixture
+def config() -> XenConfig:
+    """The guest ``web``."""
+    return parse_config(
+        {"config": "web.cfg"},
+        name="web",
+        source=Path("/x/web.toml"),
+        protection=Protection(Mode.REMUS),
+        host="alpha",
+    )
 
 
 @pytest.fixture
@@ -26,3 +64,18 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Xenstored
     monkeypatch.setattr(claim, "RUN_DIRECTORY", tmp_path / "run")
     with Xenstored(place) as store:
         yield store
+
+
+@pytest.fixture
+def restorer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have restorers be processes without libxl that behave in a way; see played_restorer.py."""
+
+    def choose(behaviour: str) -> None:
+        program = tmp_path / "python"
+        played = Path(__file__).with_name("played_restorer.py")
+        # As it is called: -m understudy_xen.restorer CONTROL_FD [STREAM_FD]
+        program.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S {played} {behaviour} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return choose

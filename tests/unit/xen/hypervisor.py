@@ -11,6 +11,7 @@ import struct
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from understudy_xen.libs import ShutdownReason, Xen, XenVersion
@@ -36,7 +37,15 @@ class Played:
 
 
 class Domains(dict[int, Played]):
-    """Domains by number, and a handle of the hypervisor that has them."""
+    """Domains by number, and a handle of the hypervisor that has them.
+
+    Args:
+        graves: What has a file of its number here was destroyed, by a process.
+    """
+
+    def __init__(self, graves: Path) -> None:
+        super().__init__()
+        self._graves = graves
 
     def xen(self) -> Xen:
         functions: list[Callable[..., int]] = [
@@ -51,6 +60,8 @@ class Domains(dict[int, Played]):
 
     def xc_domain_getinfolist(self, _handle: int, first: int, most: int, raw: Any) -> int:
         size = FACTS[VERSION].info_bytes
+        for domid in [domid for domid in self if (self._graves / str(domid)).exists()]:
+            del self[domid]
         found = sorted(domid for domid in self if domid >= first)[:most]
         for place, domid in enumerate(found):
             ctypes.memmove(ctypes.byref(raw, place * size), _info(domid, self[domid]), size)

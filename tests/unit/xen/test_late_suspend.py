@@ -6,19 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tests.unit.xen.hypervisor import Domains, Played
 from tests.unit.xen.xenstored import Xenstored
 from understudy.arbiter import Record, RecordState
-from understudy.device import Mode
-from understudy.hypervisor import HostContext, Protection
 from understudy_xen import live as live_module
 from understudy_xen import primary as primary_module
 from understudy_xen.claim import ClaimTaken, claimed
-from understudy_xen.guestfile import XenConfig, parse_config
+from understudy_xen.guestfile import XenConfig
 from understudy_xen.hypervisor import XenHypervisor
 from understudy_xen.late import LateSuspends
 from understudy_xen.libs import SuspendFailed, SuspendFailure
@@ -113,24 +110,6 @@ async def test_a_guest_that_another_has_is_not_let_go(live: LiveGuest, guest: Pl
 
 
 # --- Whoever looks after it then -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hypervisor(tmp_path: Path, domains: Domains) -> XenHypervisor:
-    hypervisor = XenHypervisor(HostContext("alpha", "127.0.0.1", tmp_path, tmp_path, tmp_path))
-    hypervisor._xen = domains.xen()
-    return hypervisor
-
-
-@pytest.fixture
-def config() -> XenConfig:
-    return parse_config(
-        {"config": "web.cfg"},
-        name="web",
-        source=Path("/x/web.toml"),
-        protection=Protection(Mode.REMUS),
-        host="alpha",
-    )
 
 
 async def test_it_is_resumed_when_it_suspends_and_once(hypervisor: XenHypervisor, guest: Played) -> None:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -29,7 +30,7 @@ from understudy.hypervisor import (
     SecondaryDomain,
 )
 from understudy.services import Services
-from understudy_xen import inventory, janitor, probing, toolstack
+from understudy_xen import copies, inventory, janitor, probing, toolstack
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.domainconfig import INCOMING
 from understudy_xen.guestfile import HYPERVISOR, Compression, SuspendVia, XenConfig, parse_config
@@ -103,6 +104,11 @@ class XenHypervisor(Hypervisor):
         """Return the guest's domain on this host, or its copy's, ``None`` if there is none."""
         async with await XenStore.open() as store:
             return await inventory.find(store, self.xen, config.name + (INCOMING if copy else ""))
+
+    async def own_copy(self, config: GuestConfig) -> Domain | None:
+        """Return the guest's copy on this host if an agent has made it, ``None`` if there is none."""
+        copy = await self.find(config, copy=True)
+        return copy if copy is not None and copy.uuid in await copies.noted(config.name) else None
 
     # --- Contract: tell ----------------------------------------------------------------------------------------------
 
@@ -190,14 +196,15 @@ class XenHypervisor(Hypervisor):
     async def stop(self, config: GuestConfig, *, force: bool, timeout_s: float) -> None:
         """Shut the guest down (`force`: destroy it) and see it gone; right also when it does not run.
 
+        A copy that ``understudy xen receive`` holds is nobody's but the operator's, and stays.
+
         Raises:
             HypervisorError: It did not shut down within `timeout_s` seconds and runs on, or could not be destroyed.
         """
         domain = await self.find(config)
         if domain is not None and not force and _state(domain) is not GuestState.SHUTOFF:
             await toolstack.shut_down(self.xen, domain, timeout_s)
-        for copy in (False, True):
-            domain = await self.find(config, copy=copy)
+        for domain in (await self.find(config), await self.own_copy(config)):
             if domain is not None:
                 await self.discard(domain)
 
@@ -221,12 +228,15 @@ class XenHypervisor(Hypervisor):
         if domain is not None:
             await self.discard(domain)
 
-    async def destroy_unnamed(self, known: uuid.UUID) -> None:
-        """Destroy what libxl was killed over before it gave it a name, by its UUID. Idempotent."""
+    async def destroy_unnamed(self, known: uuid.UUID) -> bool:
+        """Destroy what libxl was killed over before it gave it a name, by its UUID; tell whether there was any."""
+        destroyed = False
         async with await XenStore.open() as store:
             for info in self.xen.find(known):
                 if await store.get(f"/local/domain/{info.domid}/name") is None:
                     await toolstack.destroy(self.xen, info.domid)
+                    destroyed = True
+        return destroyed
 
     async def resume(self, domid: int) -> None:
         """Let a suspended domain and its device model run on.
@@ -294,7 +304,17 @@ class XenHypervisor(Hypervisor):
             info = self.xen.domain(domid)
             return info is not None and info.paused
 
-        return XenSecondary(SecondaryParts(ours, check, destroy, self.destroy_unnamed, self.mark, is_paused))
+        parts = SecondaryParts(
+            config=ours,
+            check=check,
+            destroy=destroy,
+            destroy_unnamed=self.destroy_unnamed,
+            note=partial(copies.note, ours.name),
+            forget=partial(copies.forget, ours.name),
+            became_guest=self.mark,
+            is_paused=is_paused,
+        )
+        return XenSecondary(parts)
 
     async def sweep(self, config: GuestConfig, record: Record | None) -> Sequence[str]:
         """Clean what a dead agent left of this guest on this host; see janitor.py."""

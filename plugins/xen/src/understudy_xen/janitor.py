@@ -1,10 +1,10 @@
 """The janitor: what a dead agent left of a guest on this host, decided by the record alone.
 
-A domain that is the guest although the record gives it to another host, and a copy that nobody will ever promote, are
-discarded: interfaces down and off their bridges, then destroyed. A guest whose record says that it is ``alone`` here
-runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on, and one that was asked
-to suspend is told to forget it, or resumed when it does; one that an administrator has paused stays so. One whose
-record is undecided stays as it is, with whatever gates stand above it.
+A domain that is the guest although the record gives it to another host, and a copy that an agent has made and nobody
+will ever promote, are discarded: interfaces down and off their bridges, then destroyed. A guest whose record says that
+it is ``alone`` here runs: one that was left suspended in the middle of a checkpoint, or paused by a fence, goes on, and
+one that was asked to suspend is told to forget it, or resumed when it does; one that an administrator has paused stays
+so. One whose record is undecided stays as it is, with whatever gates stand above it.
 
 Log-dirty mode needs nothing: libxc turns it off when its process ends in peace, and turns it on anew if it was left on.
 """
@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from understudy.arbiter import Record, RecordState
-from understudy_xen import toolstack
+from understudy_xen import copies, toolstack
 from understudy_xen.claim import ClaimTaken, claimed
 from understudy_xen.libs.suspending import withdraw
 from understudy_xen.pauses import Pauses, StoredPauses
@@ -47,15 +47,20 @@ async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | N
     host = hypervisor.here.host
     done = []
     promoting = record is not None and record.state is RecordState.PROMOTING and record.standby == host
-    copy = await hypervisor.find(config, copy=True)
-    if copy is not None and not promoting:
-        # It holds no more than libxl was given before the agent died, and who counts that is gone.
-        await hypervisor.discard(copy)
-        done.append(f"a copy of {config.name} was left on {host}: discarded")
-    elif copy is not None:
+    copy = await hypervisor.own_copy(config)
+    if copy is not None and promoting:
         done.append(
             f"a copy of {config.name} was being promoted on {host}: {copy.name} is kept for an operator"
         )
+    else:
+        if copy is not None:
+            # It holds no more than libxl was given before the agent died, and who counts that is gone.
+            await hypervisor.discard(copy)
+            done.append(f"a copy of {config.name} was left on {host}: discarded")
+        unnamed = [await hypervisor.destroy_unnamed(known) for known in await copies.noted(config.name)]
+        if any(unnamed):
+            done.append(f"a copy of {config.name} was left half-made on {host}: discarded")
+        await copies.forget(config.name)
     domain = await hypervisor.find(config)
     if domain is None or record is None:
         return done

@@ -50,13 +50,16 @@ class SecondaryParts:
 
     `check` raises if there is no place for a copy; `destroy` destroys whatever domain is called like the copy or, with
     ``guest=True``, like the guest, and sees it gone; `destroy_unnamed` does so with what libxl had not named yet when
-    it was killed; `is_paused` tells whether a domain is paused.
+    it was killed; `note` and `forget` keep what a later agent has to know of a copy; `is_paused` tells whether a domain
+    is paused.
     """
 
     config: XenConfig
     check: Callable[[], Awaitable[None]]
     destroy: Callable[[bool], Awaitable[None]]
-    destroy_unnamed: Callable[[uuid.UUID], Awaitable[None]]
+    destroy_unnamed: Callable[[uuid.UUID], Awaitable[object]]
+    note: Callable[[uuid.UUID], Awaitable[None]]
+    forget: Callable[[], Awaitable[None]]
     became_guest: Callable[[int, Record], Awaitable[None]]
     is_paused: Callable[[int], bool]
 
@@ -131,7 +134,10 @@ class XenSecondary(SecondaryDomain):
             raise HypervisorError(f"the stream is of {domain.name}, not of {self._parts.config.name}")
         await group.start_all(ReplicationMode.SECONDARY)
         copy = domain.for_copy(self._parts.config)
+        if copy.uuid is None:
+            raise HypervisorError(f"the configuration of {domain.name} that came with the stream has no UUID")
         self._uuid = copy.uuid
+        await self._parts.note(copy.uuid)
         self._restoring = asyncio.get_running_loop().create_task(
             self._restorer.restore(copy.to_json(), checkpointed=True), name=f"xen: restore {copy.name}"
         )
@@ -224,6 +230,7 @@ class XenSecondary(SecondaryDomain):
                     await libxl.unpause(self._domid)
         _log.info("%s: domain %d takes over by %s", self._parts.config.name, self._domid, won)
         await self._parts.became_guest(self._domid, won)
+        await self._parts.forget()
 
     async def discard(self) -> None:
         """Kill the restore and destroy the copy. Idempotent; also right when `launch` failed half-way.
@@ -241,6 +248,8 @@ class XenSecondary(SecondaryDomain):
         if self._domid:
             # It may have got the guest's name although the answer was lost.
             await self._parts.destroy(True)  # noqa: FBT003 - the guest
+        if self._uuid is not None:
+            await self._parts.forget()
 
     def watch(self) -> AsyncIterator[DomainEvent]:
         """Yield what happens unasked, until `close`."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from understudy.errors import GuestNotFound, HypervisorError, StateError
-from understudy_xen import inventory, toolstack
+from understudy_xen import copies, inventory, toolstack
 from understudy_xen.domainconfig import EVENTS, INCOMING, PRESERVE, DomainConfig
 from understudy_xen.hostview import bridge_problem, path_problem, script_problem
 from understudy_xen.interop.ending import whole
@@ -86,6 +86,8 @@ async def receive(
     try:
         config = _copy_of(await receiver.config(_CONFIG_S))
         await _need_place(config)
+        # It is not the copy that an agent may once have had, and is none of the janitor's.
+        await copies.forget(config.name.removesuffix(INCOMING))
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             restorer = await Restorer.start(stream_fd=reading)
