@@ -157,6 +157,23 @@ def test_a_good_subkind_passes_every_check() -> None:
     assert run_kit() == tuple(CHECKS)
 
 
+def test_a_cancelled_step_may_finish_what_it_does_and_undo_it() -> None:
+    # 2 s each, as on a host that is busy: a fixed second says something about the host alone.
+    class Slow(GoodNic):
+        async def open(self) -> None:
+            making = asyncio.ensure_future(asyncio.sleep(2))
+            try:
+                await asyncio.shield(making)
+                await super().open()
+            except BaseException:
+                await asyncio.wait([making])
+                await asyncio.sleep(2)
+                self.things.clear()
+                raise
+
+    assert "faults" in run_kit(Slow)
+
+
 def test_checks_that_do_not_apply_are_not_counted() -> None:
     @asynccontextmanager
     async def make() -> AsyncIterator[SubkindBed]:

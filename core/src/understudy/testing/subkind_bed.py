@@ -32,6 +32,7 @@ from understudy.services import Services
 __all__ = ["ContractBroken", "Half", "Make", "Pair", "Stage", "SubkindBed", "declared_beds", "open_context"]
 
 PRIMARY, SECONDARY = ReplicationMode.PRIMARY, ReplicationMode.SECONDARY
+_LOOKS = 100  # for what must have gone, within the grace
 
 
 class ContractBroken(AssertionError):
@@ -247,12 +248,14 @@ class Stage:
             raise self.broken(f"{where}: left behind {more or 'nothing'}, missing {less or 'nothing'}")
 
     async def _settled(self, what: str, look: Callable[[], set[Any]], before: set[Any]) -> None:
-        # Transports close and cancelled tasks end a few turns of the loop later.
-        until = asyncio.get_running_loop().time() + self.grace_s
-        while left := look() - before:
-            if asyncio.get_running_loop().time() >= until:
-                raise self.broken(f"{what} is left: {', '.join(sorted(map(str, left)))}")
-            await asyncio.sleep(self.grace_s / 100)
+        # Transports close and cancelled tasks end a few turns of the loop later. Turns are counted, not seconds: a
+        # machine that is busy with something else may be away for a second between two of them.
+        for _ in range(_LOOKS):
+            if not look() - before:
+                return
+            await asyncio.sleep(self.grace_s / _LOOKS)
+        if left := look() - before:
+            raise self.broken(f"{what} is left: {', '.join(sorted(map(str, left)))}")
 
     async def bounded(self, where: str, work: Coroutine[Any, Any, object]) -> None:
         """Run a step that must end in time, without an error."""
