@@ -375,6 +375,15 @@ async def test_the_first_copy_goes_to_one_restore() -> None:
             await side.receiver.hand_over(1)
 
 
+async def test_the_restores_stream_is_taken_although_nobody_waits_for_it() -> None:
+    async with secondary() as side:
+        copying = asyncio.ensure_future(side.receiver.copied(side.reader.target, 10))
+        copying.cancel()  # before its first step
+        await asyncio.wait({copying})
+        await side.receiver.close()
+        assert await asyncio.to_thread(side.reader.result) == b""
+
+
 async def test_cut_before_anything_and_twice() -> None:
     async with secondary() as side:
         waiting = asyncio.create_task(side.receiver.config(10))

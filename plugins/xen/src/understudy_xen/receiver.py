@@ -19,10 +19,10 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from understudy.errors import HypervisorError, StateError, UnderstudyError
 from understudy_xen.coding import Decoder
@@ -139,12 +139,12 @@ class Receiver:
         """
         return await self._first(self._config, timeout_s, "the guest's configuration")
 
-    async def copied(self, target: int, timeout_s: float) -> None:
-        """Pass the first copy through to `target`, and return when it is whole and acknowledged.
+    def copied(self, target: int, timeout_s: float) -> Coroutine[Any, Any, None]:
+        """Pass the first copy through to `target`; the result is awaited until it is whole and acknowledged.
 
         Args:
-            target: Writing end of the pipe that libxl reads; owned from now on. When libxl ends, no reading end may
-                be left, so that it is noticed.
+            target: Writing end of the pipe that libxl reads; owned from this call on, also if the result is never
+                awaited. When libxl ends, no reading end may be left, so that it is noticed.
             timeout_s: How long it may take.
 
         Raises:
@@ -157,6 +157,9 @@ class Receiver:
         with self._changed:
             self._pipe = pipe
             self._changed.notify_all()
+        return self._first_copy(timeout_s)
+
+    async def _first_copy(self, timeout_s: float) -> None:
         await self._first(self._copied, timeout_s, "the first copy")
 
     def cut(self) -> int:
