@@ -34,6 +34,7 @@ CALL_S: Final = 60.0  #: for an operation of libxl; a hotplug script alone may t
 KILL_S: Final = 10.0  #: for the kernel to end a process
 _LINE_BYTES: Final = 1 << 22
 _TAIL_LINES: Final = 20
+_WORDS_S: Final = 0.2  # for the last words of one that has ended to be read
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,9 +49,12 @@ class Restorer:
         children. The device model of a domain that was made is no child of it, and lives on.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, said_fd: int) -> None:
         self._process = process
         self._control = control
+        # Not asyncio's own pipe: with that one the process has not ended for it before all have who hold the other end,
+        # such as a daemon that libxl has started.
+        self._said_file = open(said_fd, "rb", buffering=0)  # noqa: SIM115 - closed by `kill`
         self._writer: asyncio.StreamWriter | None = None
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._last_id = 0
@@ -73,6 +77,7 @@ class Restorer:
             RestorerLost: The process ended, or is not ready in time; it was killed.
         """
         ours, its = socket.socketpair()
+        said_fd, error_fd = os.pipe2(os.O_CLOEXEC)
         passed = [its.fileno()] + ([stream_fd] if stream_fd >= 0 else [])
         try:
             process = await asyncio.create_subprocess_exec(
@@ -82,25 +87,26 @@ class Restorer:
                 *map(str, passed),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
+                stderr=error_fd,
                 pass_fds=passed,
                 start_new_session=True,
             )
         except BaseException:
             ours.close()
+            os.close(said_fd)
             raise
         finally:
             its.close()
+            os.close(error_fd)
             if stream_fd >= 0:
                 os.close(stream_fd)
-        self = cls(process, ours)
+        self = cls(process, ours, said_fd)
         try:
             async with asyncio.timeout(timeout_s):
                 reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LINE_BYTES)
-                self._tasks = [
-                    asyncio.create_task(self._listen(reader), name="restorer-events"),
-                    asyncio.create_task(self._collect(), name="restorer-stderr"),
-                ]
+                collecting = asyncio.create_task(self._collect(), name="restorer-stderr")
+                listening = asyncio.create_task(self._listen(reader, collecting), name="restorer-events")
+                self._tasks = [collecting, listening]
                 await asyncio.shield(self._ready)
         except TimeoutError:
             await self.kill()
@@ -200,6 +206,7 @@ class Restorer:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._said_file.close()
             self._lose("it was ended")
             if self._writer is not None:
                 self._writer.close()
@@ -225,7 +232,7 @@ class Restorer:
         finally:
             self._waiting.pop(number, None)
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, reader: asyncio.StreamReader, collecting: asyncio.Task[None]) -> None:
         try:
             while line := await reader.readline():
                 self._take(json.loads(line))
@@ -235,6 +242,7 @@ class Restorer:
         with suppress(TimeoutError):
             async with asyncio.timeout(KILL_S):
                 await self._process.wait()
+        await asyncio.wait({collecting}, timeout=_WORDS_S)
         self._lose("it has ended")
 
     def _take(self, said: dict[str, Any]) -> None:
@@ -278,10 +286,16 @@ class Restorer:
             self._ready.exception()  # nobody may have waited for it
 
     async def _collect(self) -> None:
-        assert self._process.stderr is not None  # noqa: S101 - asked for at its start
-        with suppress(ValueError):
-            while line := await self._process.stderr.readline():
-                self._tail.append(line.decode("utf-8", "replace").rstrip())
+        said = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(said), self._said_file
+        )
+        try:
+            with suppress(ValueError):
+                while line := await said.readline():
+                    self._tail.append(line.decode("utf-8", "replace").rstrip())
+        finally:
+            transport.close()
 
     def _said(self) -> str:
         status = self._process.returncode
