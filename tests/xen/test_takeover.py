@@ -60,7 +60,8 @@ async def test_connections_survive_the_death_of_one_host_after_the_other(seed: i
     chosen = random.Random(seed)
     async with Site() as site, AsyncExitStack() as clients:
         pair = site.pair
-        await site.describe("web")
+        vcpus = 1 + seed % 2
+        await site.describe("web", vcpus=vcpus)
         await site.describe("open", subkind="unbuffered", nics=_nic(0x33), address=OTHER)
         for name in ("web", "open"):
             await site.ask(pair.alpha, "start", name)
@@ -80,7 +81,7 @@ async def test_connections_survive_the_death_of_one_host_after_the_other(seed: i
 
         await pair.start(pair.alpha)
         await site.equip(pair.alpha)
-        await site.describe("web")
+        await site.describe("web", vcpus=vcpus)
         await site.ask(pair.beta, "stop", "open", "--force")
         await site.describe("third", nics=_nic(0x34), address=THIRD)
         await site.ask(pair.alpha, "start", "third")
