@@ -110,14 +110,13 @@ async def _unpaused(hypervisor: XenHypervisor, domid: int) -> bool:
     info = hypervisor.xen.domain(domid)
     if info is None or not info.paused:
         return False
-    async with await XenStore.open() as store:
-        was_started = await toolstack.is_ours(store, domid)
-    if not was_started:
-        async with once() as libxl:
-            await libxl.unpause(domid)
-        return True
     notes = StoredPauses(domid)
-    if not await notes.read():
-        return False
-    await Pauses(hypervisor.xen, domid, notes).end()
+    if await notes.read():
+        await Pauses(hypervisor.xen, domid, notes).end()
+        return True
+    async with await XenStore.open() as store:
+        if await toolstack.is_known(store, domid):
+            return False
+    async with once() as libxl:
+        await libxl.unpause(domid)
     return True

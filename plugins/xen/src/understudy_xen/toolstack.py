@@ -27,7 +27,7 @@ from understudy_xen.xenstore import XenStore
 if TYPE_CHECKING:
     from understudy.arbiter import Record
 
-__all__ = ["configuration", "create", "destroy", "is_ours", "mark", "queues", "shut_down"]
+__all__ = ["configuration", "create", "destroy", "is_known", "is_ours", "mark", "queues", "shut_down"]
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +131,11 @@ async def mark(store: XenStore, domid: int, record: Record) -> None:
 
 async def is_ours(store: XenStore, domid: int) -> bool:
     """Tell whether a domain was made the guest by an agent."""
+    return bool(await store.get(_mark(domid)))  # without a value it is only the parent of what else was noted
+
+
+async def is_known(store: XenStore, domid: int) -> bool:
+    """Tell whether an agent has ever noted anything beside a domain: as the guest, it has run."""
     return await store.get(_mark(domid)) is not None
 
 
