@@ -57,11 +57,17 @@ def config() -> XenConfig:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Xenstored]:
-    """A xenstored that is found where the host's is looked for; claims are made beside it."""
+def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands for Xen's directory of what runs; it is not made yet."""
+    monkeypatch.setattr(claim, "RUN_DIRECTORY", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def store(tmp_path: Path, run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Xenstored]:
+    """A xenstored that is found where the host's is looked for."""
     place = tmp_path / "xenstored.socket"
     monkeypatch.setattr(connection, "PLACES", (place,))
-    monkeypatch.setattr(claim, "RUN_DIRECTORY", tmp_path / "run")
     with Xenstored(place) as store:
         yield store
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.unit.xen.hypervisor import Domains, Played
 from tests.unit.xen.xenstored import Xenstored
 from understudy.arbiter import Record, RecordState
+from understudy_xen.claim import claimed
 from understudy_xen.guestfile import XenConfig
 from understudy_xen.hypervisor import XenHypervisor
 from understudy_xen.pauses import StoredPauses
@@ -63,3 +65,31 @@ async def test_a_guest_that_an_agent_once_paused_keeps_an_administrators_pause(
     guest.pauses = 1
     assert await hypervisor.sweep(config, ALONE) == []
     assert guest.pauses == 1
+
+
+STATE = "understudy-devices-"
+
+
+def lay_about(directory: Path, *whose: str) -> None:
+    directory.mkdir(exist_ok=True)
+    for each in whose:
+        (directory / f"{STATE}{each}").touch()
+
+
+def left_in(directory: Path) -> set[str]:
+    return {place.name.removeprefix(STATE) for place in directory.glob(f"{STATE}*")}
+
+
+async def test_states_of_devices_that_lie_about_are_removed(
+    hypervisor: XenHypervisor, config: XenConfig, guest: Played, domains: Domains, run_directory: Path
+) -> None:
+    domains[9] = Played()
+    lay_about(run_directory, "7", "8", "9", "backup")
+    with claimed(7):
+        await hypervisor.sweep(config, None)
+    assert left_in(run_directory) == {"7", "9", "backup"}
+    done = await hypervisor.sweep(config, None)
+    assert done == ["a state of the devices of domain 7 lay about: removed"]
+    lay_about(run_directory, "7")
+    await hypervisor.stop(config, force=True, timeout_s=1)
+    assert left_in(run_directory) == {"9", "backup"}

@@ -24,14 +24,15 @@ from qemu.qmp.events import EventListener
 from qemu.qmp.qmp_client import ExecuteError, NegotiationError
 
 from understudy.errors import HypervisorError, MonitorSilent
-from understudy_xen.claim import RUN_DIRECTORY
+from understudy_xen import claim
 
-__all__ = ["DeviceModel"]
+__all__ = ["DeviceModel", "left_states", "remove_state"]
 
 _log = logging.getLogger(__name__)
 _quiet = logging.getLogger(f"{__name__}.qmp")
 _quiet.setLevel(logging.CRITICAL + 1)  # the library logs what it raises, too
 
+_STATE: Final = "understudy-devices-"
 _CONNECT_S: Final = 10.0
 _COMMAND_S: Final = 10.0
 _DROP_S: Final = 1.0
@@ -45,13 +46,14 @@ class DeviceModel:
 
     Args:
         domid: The guest's domain.
-        directory: Where libxl puts its sockets, and where the state is put for a moment.
+        directory: Where libxl puts its sockets, and where the state is put for a moment; ``None``: Xen's.
     """
 
-    def __init__(self, domid: int, directory: Path = RUN_DIRECTORY) -> None:
+    def __init__(self, domid: int, directory: Path | None = None) -> None:
+        directory = claim.RUN_DIRECTORY if directory is None else directory
         self.domid = domid
         self._socket = directory / f"qmp-libxl-{domid}"
-        self._state = directory / f"understudy-devices-{domid}"
+        self._state = directory / f"{_STATE}{domid}"
         self._client: QMPClient | None = None
         self._using = asyncio.Lock()
 
@@ -170,6 +172,17 @@ class DeviceModel:
     async def log_dirty(self, *, enable: bool) -> None:
         """Have it mark the pages that it writes, for as long as the guest is being copied."""
         await self.execute("xen-set-global-dirty-log", {"enable": enable})
+
+
+def left_states() -> set[int]:
+    """Return the domains of which a state lies about: its device model is just saving it, or whoever asked is dead."""
+    numbers = (place.name.removeprefix(_STATE) for place in claim.RUN_DIRECTORY.glob(f"{_STATE}*"))
+    return {int(number) for number in numbers if number.isdecimal()}
+
+
+def remove_state(domid: int) -> None:
+    """Remove what lies about of a domain's state. Idempotent."""
+    (claim.RUN_DIRECTORY / f"{_STATE}{domid}").unlink(missing_ok=True)
 
 
 def _client(domid: int) -> QMPClient:

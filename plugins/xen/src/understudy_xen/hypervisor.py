@@ -30,7 +30,7 @@ from understudy.hypervisor import (
     SecondaryDomain,
 )
 from understudy.services import Services
-from understudy_xen import copies, inventory, janitor, probing, toolstack
+from understudy_xen import copies, devicemodel, inventory, janitor, probing, toolstack
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.domainconfig import INCOMING
 from understudy_xen.guestfile import HYPERVISOR, Compression, SuspendVia, XenConfig, parse_config
@@ -221,6 +221,7 @@ class XenHypervisor(Hypervisor):
             for queue in await toolstack.queues(nic.interface):
                 await interfaces.close_way_out(queue)
         await toolstack.destroy(self.xen, domain.domid)
+        devicemodel.remove_state(domain.domid)
 
     async def destroy(self, config: XenConfig, *, guest: bool) -> None:
         """Discard the copy of a guest on this host, or the guest itself. Idempotent."""

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from understudy.arbiter import Record, RecordState
-from understudy_xen import copies, toolstack
+from understudy_xen import copies, devicemodel, toolstack
 from understudy_xen.claim import ClaimTaken, claimed
 from understudy_xen.libs.suspending import withdraw
 from understudy_xen.pauses import Pauses, StoredPauses
@@ -62,6 +62,7 @@ async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | N
             done.append(f"a copy of {config.name} was left half-made on {host}: discarded")
         await copies.forget(config.name)
     domain = await hypervisor.find(config)
+    done += _removed_states(hypervisor, domain)
     if domain is None or record is None:
         return done
     if record.state is RecordState.ALONE and record.owner == host:
@@ -71,6 +72,17 @@ async def sweep(hypervisor: XenHypervisor, config: XenConfig, record: Record | N
     await hypervisor.discard(domain)
     why = "after it was stopped" if record.owner == host else f"although the record says: {record}"
     return [*done, f"{config.name} ran on {host} {why}: discarded"]
+
+
+def _removed_states(hypervisor: XenHypervisor, domain: Domain | None) -> list[str]:
+    # States of devices that were being read when an agent was killed: the guest's, and those of domains that are gone.
+    done = []
+    for domid in devicemodel.left_states():
+        if (domain is not None and domid == domain.domid) or hypervisor.xen.domain(domid) is None:
+            with suppress(ClaimTaken), claimed(domid):
+                devicemodel.remove_state(domid)
+                done.append(f"a state of the devices of domain {domid} lay about: removed")
+    return done
 
 
 async def _run_on(hypervisor: XenHypervisor, domain: Domain, record: Record) -> list[str]:
