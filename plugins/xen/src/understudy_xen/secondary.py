@@ -203,6 +203,9 @@ class XenSecondary(SecondaryDomain):
             raise StateError(f"this copy holds no whole checkpoint that is final; record: {won}")
         if restoring.done():
             restoring.result()  # raises: the copy is dead, and the disks are not touched
+        if group.checkpointed < receiver.loaded:
+            # The primary died when this side had acknowledged the memory, and before it said so to the devices.
+            await group.do_checkpoint_all(receiver.loaded)
         # libxl opens the disks as soon as its stream ends: by then they are to be the guest's.
         await group.stop_all(failover=True)
         await receiver.hand_over(_TAKE_S)
