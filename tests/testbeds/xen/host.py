@@ -30,6 +30,7 @@ class XenHost(BedHost):
         memory_mib: int = MEMORY_MIB,
         dom0_mib: int = DOM0_MIB,
         shared: Iterable[Path] = (),
+        disks: Iterable[Path] = (),
         plug: Plug | None = None,
         hosts: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
@@ -42,6 +43,7 @@ class XenHost(BedHost):
             memory_mib: of the host.
             dom0_mib: of dom0.
             shared: directories that it sees at the same path.
+            disks: image files that are its ``/dev/vdc`` and so on.
             plug: its place in a network.
             hosts: names and addresses that it knows.
             env: environment of all commands besides the bed's own.
@@ -63,6 +65,7 @@ class XenHost(BedHost):
             dom0_mib=dom0_mib,
             hostname=hostname,
             shared=shared,
+            disks=disks,
             plug=plug,
             hosts=hosts,
         )

@@ -80,6 +80,8 @@ class XenMachine(BedMachine):
         dom0_mib: of dom0; the rest, less about 100 MiB, is for guests.
         hostname: of dom0.
         shared: directories that dom0 sees at the same path, by 9p without any cache.
+        disks: image files outside that are dom0's ``/dev/vdc``, ``/dev/vdd`` and so on. What dom0 has written is in
+            them, however the host ends.
         plug: its place in a network; none by default.
         hosts: names and addresses for /etc/hosts.
         terminal: file descriptors that the command reads and writes as a terminal, -1 for nothing to read; by default
@@ -107,6 +109,7 @@ class XenMachine(BedMachine):
         dom0_mib: int = DOM0_MIB,
         hostname: str = "bed",
         shared: Iterable[Path] = (),
+        disks: Iterable[Path] = (),
         plug: Plug | None = None,
         hosts: Mapping[str, str] | None = None,
         terminal: tuple[int, int] | None = None,
@@ -118,7 +121,7 @@ class XenMachine(BedMachine):
             self._write_command(command, cwd, env or {}, terminal)
             self._write_settings(hostname, plug, shares, hosts or {})
             arguments = self._boot_arguments(image, memory_mib, dom0_mib)
-            arguments += self._disk_arguments(image, checkout)
+            arguments += self._disk_arguments(image, checkout, disks)
             arguments += self._share_arguments(shares)
             arguments += self._line_arguments()
             self._process = self._start(arguments, [self._far.fileno(), checkout.fd], plug, terminal)
@@ -174,21 +177,27 @@ class XenMachine(BedMachine):
             *("-initrd", f"{image.kernel} {linux},{image.initrd}"),
         ]
 
-    def _disk_arguments(self, image: Image, checkout: Checkout) -> list[str]:
+    def _disk_arguments(self, image: Image, checkout: Checkout, disks: Iterable[Path]) -> list[str]:
         # What dom0 writes goes to an unlinked file and is gone with QEMU.
         root = f"file={image.root},if=none,id=root,format=raw,snapshot=on"
         tree = f"file={checkout.path},if=none,id=checkout,format=raw,readonly=on"
-        return [
-            *("-drive", root, "-device", "virtio-blk-pci,drive=root,disable-legacy=on"),
-            *("-drive", tree, "-device", "virtio-blk-pci,drive=checkout,disable-legacy=on"),
-        ]
+        drives = {"root": root, "checkout": tree}
+        for number, path in enumerate(disks):
+            # Nothing is held back in QEMU: what the machine below has in its cache outlives QEMU, and only that dies.
+            drive = f"file={path},if=none,id=disk{number},format=raw,cache=unsafe"
+            drives[f"disk{number}"] = drive
+        arguments = []
+        for name, drive in drives.items():
+            arguments += ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},disable-legacy=on"]
+        return arguments
 
     def _share_arguments(self, shared: Sequence[Path]) -> list[str]:
         arguments = []
         tags = {"run": self.run, **{f"share{number}": path for number, path in enumerate(shared)}}
         for tag, path in tags.items():
-            # QEMU is root here: files get dom0's owners and modes as they are. With `remap` it ends a listing early when
-            # a name goes away under it, and the C library says nothing of it: a file server that the arbiter must bear.
+            # QEMU is root here: files get dom0's owners and modes as they are. With `remap` it ends a listing early
+            # when a name goes away under it, and the C library says nothing of it: a file server that the arbiter must
+            # bear.
             arguments += ["-fsdev", f"local,id={tag},path={path},security_model=passthrough,multidevs=remap"]
             arguments += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
         return arguments

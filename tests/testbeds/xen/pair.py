@@ -1,7 +1,7 @@
 """Two Xen hosts, a client on the network between them, and a directory that all three see.
 
 A crash is SIGKILL of a host's QEMU: hypervisor, dom0 and guests stop at once, no packet leaves any more, and what the
-host wrote to its own disk is gone. A crashed host can be started again in the same place.
+host wrote to its own root is gone. A crashed host can be started again in the same place.
 
 The directory ``common`` lies on the machine below; dom0 sees it by 9p, without any cache, so that every file operation
 of either host is one of the one kernel below. That is what makes it fit to carry the arbiter.
@@ -35,11 +35,13 @@ class XenPlace:
         name: its hostname, known to both.
         plug: its port.
         directory: its own, on the machine below at the same path; outlives the host.
+        disks: image files in it: ``/dev/vdc`` and so on; they outlive the host, too.
     """
 
     name: str
     plug: Plug
     directory: Path
+    disks: tuple[Path, ...] = ()
     host: XenHost | None = None
 
     @property
@@ -68,6 +70,7 @@ class XenPair:
     Args:
         memory_mib: of each host.
         dom0_mib: of each dom0.
+        disks_mib: sizes of the disks that each host has beside its root.
         env: environment of all commands besides the bed's own.
     """
 
@@ -76,6 +79,7 @@ class XenPair:
         *,
         memory_mib: int = MEMORY_MIB,
         dom0_mib: int = DOM0_MIB,
+        disks_mib: tuple[int, ...] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._memory_mib, self._dom0_mib, self._env = memory_mib, dom0_mib, dict(env or {})
@@ -87,12 +91,16 @@ class XenPair:
         except BaseException:
             shutil.rmtree(self.root, ignore_errors=True)
             raise
-        self.alpha, self.beta = (self._place(number, name) for number, name in enumerate(NAMES, 1))
+        self.alpha, self.beta = (self._place(number, name, disks_mib) for number, name in enumerate(NAMES, 1))
 
-    def _place(self, number: int, name: str) -> XenPlace:
+    def _place(self, number: int, name: str, disks_mib: tuple[int, ...]) -> XenPlace:
         directory = self.root / name
         directory.mkdir()
-        return XenPlace(name, Plug(self.network, number), directory)
+        disks = tuple(directory / f"disk{each}" for each in range(len(disks_mib)))
+        for disk, size_mib in zip(disks, disks_mib, strict=True):
+            with disk.open("wb") as image:
+                image.truncate(size_mib << 20)
+        return XenPlace(name, Plug(self.network, number), directory, disks)
 
     @property
     def client(self) -> Namespace:
@@ -123,6 +131,7 @@ class XenPair:
             memory_mib=self._memory_mib,
             dom0_mib=self._dom0_mib,
             shared=(self.common, place.directory),
+            disks=place.disks,
             plug=place.plug,
             hosts={each.name: each.address for each in (self.alpha, self.beta)},
             env=self._env,
