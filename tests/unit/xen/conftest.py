@@ -18,9 +18,15 @@ from understudy_xen.guestfile import XenConfig, parse_config
 from understudy_xen.hypervisor import XenHypervisor
 from understudy_xen.xenstore import connection
 
-#: ``xl destroy DOMID``, the only one of its commands that is there.
+#: ``xl destroy DOMID``, which takes long for domain 9 and fails for 10, and ``xl list -l DOMID``; there is no more.
 XL = """#!/bin/sh
-test "$1" = destroy && touch {}/"$2"
+case "$1 $2" in
+"destroy 9") sleep 0.3; touch {graves}/9 ;;
+"destroy 10") echo "libxl: no way"; exit 1 ;;
+"destroy "*) touch {graves}/"$2" ;;
+"list -l") printf '[{{"domid": %s, "config": {{"c_info": {{"name": "web"}}}}}}]' "$3" ;;
+*) exit 2 ;;
+esac
 """
 
 
@@ -30,7 +36,7 @@ def domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Domains:
     graves, programs = tmp_path / "graves", tmp_path / "programs"
     for directory in (graves, programs):
         directory.mkdir()
-    (programs / "xl").write_text(XL.format(graves))
+    (programs / "xl").write_text(XL.format(graves=graves))
     (programs / "xl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     return Domains(graves)

@@ -3,6 +3,9 @@
 It reads its stream to the end and says that it has made domain 8; or, by its behaviour:
 
 * ``refuses``: libxl fails at once;
+* ``fails``: libxl fails when a part of the stream has come, and says so some time after it has closed it;
+* ``lingers``: takes its time for each command, and for its end;
+* ``stuck``: cannot let a domain run;
 * ``leaves``: as without, but a process that it has started keeps its standard error open.
 
 A command to rename a domain that is called ``die`` ends it.
@@ -15,6 +18,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 
 def main() -> None:
@@ -31,19 +35,35 @@ def main() -> None:
     tell(event="ready")
     for line in lines:
         command = json.loads(line)
+        if behaviour == "lingers":
+            time.sleep(0.2)
         if command.get("old") == "die":
             os.write(2, b"libxl: assertion failed\n")
             os._exit(3)
-        elif command["do"] != "restore":
-            tell(id=command["id"], result=None)
-        elif behaviour == "refuses":
-            failed = {"operation": "libxl_domain_create_restore", "code": -3, "name": "FAIL", "domid": 0}
-            tell(id=command["id"], failed={**failed, "said": ["no such bridge"]})
-            os.close(int(stream[0]))
+        if command["do"] == "restore":
+            tell(id=command["id"], **restored(behaviour, int(stream[0])))
+        elif behaviour == "stuck" and command["do"] == "unpause":
+            tell(id=command["id"], failed=failure("libxl_domain_unpause", "the device model is dead"))
         else:
-            while os.read(int(stream[0]), 1 << 16):
-                pass
-            tell(id=command["id"], result=8)
+            tell(id=command["id"], result=None)
+    if behaviour == "lingers":
+        time.sleep(0.3)
+
+
+def restored(behaviour: str, stream: int) -> dict[str, object]:
+    if behaviour != "refuses":
+        while os.read(stream, 1 << 16) and behaviour != "fails":
+            pass
+    os.close(stream)
+    if behaviour == "fails":
+        time.sleep(0.1)
+    if behaviour in {"refuses", "fails"}:
+        return {"failed": failure("libxl_domain_create_restore", "no such bridge")}
+    return {"result": 8}
+
+
+def failure(operation: str, said: str) -> dict[str, object]:
+    return {"operation": operation, "code": -3, "name": "FAIL", "domid": 8, "said": [said]}
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import click
 
 from understudy.errors import UnderstudyError
 from understudy.schema import parse_bytes
+from understudy_xen.interop.ending import Outcome
 from understudy_xen.interop.receive import promote, receive
-from understudy_xen.interop.remus import Fate, RemusFigures, run_remus
+from understudy_xen.interop.remus import RemusFigures, run_remus
 from understudy_xen.interop.saving import save_to
 
 __all__ = ["xen"]
@@ -94,18 +95,18 @@ def remus(  # noqa: PLR0913 - one argument per option
                 f"{figures.pause_ms:.1f} ms, written {figures.written_ms:.1f} ms later"
             )
 
-    def tell_end(fate: Fate) -> None:
-        click.echo(f"understudy: {domain}: {fate.value}", err=True)
-
+    outcome = Outcome()
     work = run_remus(
         domain,
         command=None if blackhole else words,
         interval_ms=interval_ms,
         count=count,
         tell=None if quiet else tell,
-        tell_end=tell_end,
+        outcome=outcome,
     )
-    _run(work, f"where it still is, {domain} runs on here, unprotected")
+    _run(work, outcome)
+    click.echo(f"understudy: {outcome.said}", err=True)
+    sys.exit(0 if outcome.good else 1)
 
 
 @xen.command("save")
@@ -117,10 +118,12 @@ def remus(  # noqa: PLR0913 - one argument per option
 def save_command(domain: str, file: Path, *, keep: bool) -> None:
     """Save the running DOMAIN to FILE, for 'xl restore'; the domain is destroyed then, as with 'xl save'.
 
-    FILE is whole when it appears. On failure there is none, and the guest runs on.
+    FILE is whole when it appears. On failure, and when this is interrupted before that, there is none, and the guest
+    runs on.
     """
-    size = _run(save_to(domain, file, keep=keep), f"{domain} runs on, and {file} is as it was")
-    click.echo(f"{domain} is saved in {file}, {size} bytes")
+    outcome = Outcome()
+    _run(save_to(domain, file, outcome, keep=keep), outcome)
+    click.echo(outcome.said)
 
 
 @xen.command("receive")
@@ -142,21 +145,17 @@ def receive_command(*, hold_limit: str, silence_s: float) -> None:
         limit_bytes = parse_bytes(hold_limit)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--hold-limit") from None
-    name, domid, loaded = _run(
-        receive(
-            sys.stdin.fileno(),
-            sys.stdout.fileno(),
-            hold_limit_bytes=limit_bytes,
-            silence_s=silence_s,
-            copied=lambda name: click.echo(f"{name}: the first copy is whole, checkpoints follow", err=True),
-        ),
-        "nothing is left of the copy",
+    outcome = Outcome()
+    work = receive(
+        sys.stdin.fileno(),
+        sys.stdout.fileno(),
+        outcome,
+        hold_limit_bytes=limit_bytes,
+        silence_s=silence_s,
+        copied=lambda name: click.echo(f"{name}: the first copy is whole, checkpoints follow", err=True),
     )
-    click.echo(
-        f"{name} (domain {domid}) holds the first copy and {loaded} checkpoints; it is paused. If the guest is dead on "
-        f"the other host: understudy xen promote {name.removesuffix('--incoming')} --force --reason TEXT",
-        err=True,
-    )
+    _run(work, outcome)
+    click.echo(outcome.said, err=True)
 
 
 @xen.command("promote")
@@ -173,22 +172,24 @@ def promote_command(name: str, *, force: bool, reason: str | None) -> None:
             "such a copy has no record that proves it may go on: --force and --reason TEXT are needed, and the "
             "certainty that the guest is dead on the other host"
         )
-    domid = _run(promote(name, reason=reason), "nothing was changed")
-    click.echo(f"{name} runs (domain {domid})")
+    outcome = Outcome()
+    _run(promote(name, outcome, reason=reason), outcome)
+    click.echo(outcome.said)
 
 
-def _run(work: Coroutine[Any, Any, T], otherwise: str) -> T:
-    async def bounded() -> T:
+def _run(work: Coroutine[Any, Any, object], outcome: Outcome) -> None:
+    # Interrupted, it may have done all the same what it is for: the outcome knows.
+    async def bounded() -> None:
         task = asyncio.ensure_future(work)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        return await task
+        await task
 
     try:
-        return asyncio.run(bounded())
+        asyncio.run(bounded())
     except asyncio.CancelledError:
-        click.echo(f"understudy: ended; {otherwise}", err=True)
-        sys.exit(0)
+        click.echo(f"understudy: interrupted; {outcome.said}", err=True)
+        sys.exit(0 if outcome.good else 1)
     except (UnderstudyError, ExceptionGroup) as error:
-        click.echo(f"understudy: {error}; {otherwise}", err=True)
+        click.echo(f"understudy: {error}; {outcome.said}", err=True)
         sys.exit(1)

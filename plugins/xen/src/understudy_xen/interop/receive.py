@@ -24,8 +24,9 @@ from understudy.errors import GuestNotFound, HypervisorError, StateError
 from understudy_xen import copies, inventory, toolstack
 from understudy_xen.domainconfig import EVENTS, INCOMING, PRESERVE, DomainConfig
 from understudy_xen.hostview import bridge_problem, path_problem, script_problem
-from understudy_xen.interop.ending import whole
+from understudy_xen.interop.ending import Outcome, whole
 from understudy_xen.interop.remus import BANNER
+from understudy_xen.inventory import Domain
 from understudy_xen.libs import open_xen
 from understudy_xen.receiver import Receiver
 from understudy_xen.restorer.client import Restorer, once
@@ -40,6 +41,7 @@ _CONFIG_S: Final = 60.0
 _COPY_S: Final = 86_400.0
 _TAKE_S: Final = 60.0
 _MAKE_S: Final = 60.0
+_WORDS_S: Final = 2.0
 #: libxl's defaults. Source: tools/libs/light/libxl_nic.c (libxl__device_nic_setdefault), docs/misc/xl-network-config.
 _SCRIPTS: Final = Path("/etc/xen/scripts")
 _DEFAULT_SCRIPT: Final = "vif-bridge"
@@ -49,6 +51,7 @@ _DEFAULT_BRIDGE: Final = "xenbr0"
 async def receive(
     source: int,
     target: int,
+    outcome: Outcome,
     *,
     hold_limit_bytes: int,
     silence_s: float,
@@ -59,6 +62,7 @@ async def receive(
     Args:
         source: Descriptor that the stream is read from, standard input.
         target: Descriptor that the sender reads, standard output.
+        outcome: Kept true.
         hold_limit_bytes: How much of checkpoints may be held.
         silence_s: After so long without a byte the sender is taken for lost, seconds; 0: never, only its end counts.
         copied: Told the copy's name when the first copy is whole: from then on a checkpoint is held until it is.
@@ -71,8 +75,10 @@ async def receive(
             refused it.
 
     Guarantees:
-        When this raises or is cancelled nothing is left of the copy.
+        When this raises or is cancelled before the copy is whole and paused, nothing is left of it; `outcome` says if
+        that failed.
     """
+    outcome.said = "nothing is left of the copy"
     os.write(target, BANNER)
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     receiver = Receiver(
@@ -107,19 +113,52 @@ async def receive(
         copied(config.name)
         await _first(restoring, lost)
         loaded = receiver.cut()
-        await receiver.hand_over(_TAKE_S)
-        async with asyncio.timeout(_MAKE_S):
-            domid = await restoring
+        domid = await _taken_over(receiver, restoring)
+        guest = config.name.removesuffix(INCOMING)
+        outcome.said = (
+            f"{config.name} (domain {domid}) holds the first copy and {loaded} checkpoints; it is paused. If the guest "
+            f"is dead on the other host: understudy xen promote {guest} --force --reason TEXT"
+        )
+        outcome.good = True
         _log.info("%s: %s", config.name, lost.result() if lost.done() else "libxl has ended the restore")
         return config.name, domid, loaded
     except BaseException:
-        if restorer is not None:
+        if restorer is not None and not outcome.good:
+            outcome.said = (
+                f"a part of {config.name if config else 'a copy'} may be left: see xl list, and destroy it"
+            )
             await whole(_undo(restorer, config))
+            outcome.said = "nothing is left of the copy"
         raise
     finally:
+        await whole(_closed(restorer, receiver))
+
+
+async def _closed(restorer: Restorer | None, receiver: Receiver) -> None:
+    try:
         if restorer is not None:
             await restorer.close()
+    finally:
         await receiver.close()
+
+
+async def _taken_over(receiver: Receiver, restoring: asyncio.Future[int]) -> int:
+    # The stream is cut: libxl is to take what is held, and to make the domain of it.
+    if restoring.done():
+        restoring.result()  # raises: libxl has ended, and its own words are the cause
+    try:
+        await receiver.hand_over(_TAKE_S)
+    except HypervisorError:
+        # Likewise. They may come a little later than the end of its pipe.
+        await asyncio.wait({restoring}, timeout=_WORDS_S)
+        if restoring.done():
+            restoring.result()
+        raise
+    try:
+        async with asyncio.timeout(_MAKE_S):
+            return await restoring
+    except TimeoutError:
+        raise HypervisorError(f"libxl has not made the domain within {_MAKE_S:g} s") from None
 
 
 async def _first(*ends: asyncio.Future[Any]) -> None:
@@ -159,11 +198,12 @@ async def _undo(restorer: Restorer, copy: DomainConfig | None) -> None:
             await toolstack.destroy(xen, made.domid)
 
 
-async def promote(name: str, *, reason: str) -> int:
+async def promote(name: str, outcome: Outcome, *, reason: str) -> int:
     """Make a copy that `receive` left the guest, on an operator's word alone.
 
     Args:
         name: Of the guest, without `INCOMING`.
+        outcome: Kept true.
         reason: Goes to the log.
 
     Returns:
@@ -172,6 +212,9 @@ async def promote(name: str, *, reason: str) -> int:
     Raises:
         GuestNotFound: There is no copy of it here.
         StateError: The guest itself runs here.
+
+    Guarantees:
+        What has begun is brought to its end, also if the caller is cancelled.
     """
     with open_xen() as xen:
         async with await XenStore.open() as store:
@@ -182,10 +225,18 @@ async def promote(name: str, *, reason: str) -> int:
         if guest is not None:
             raise StateError(f"{name} itself is on this host (domain {guest.domid}); nothing was changed")
     _log.warning("%s is promoted by force, without a record: %s", copy.name, reason)
-    async with once() as libxl:
-        await libxl.rename(copy.domid, copy.name, name)
-        await libxl.unpause(copy.domid)
+    await whole(_let_run(copy, name, outcome))
     return copy.domid
+
+
+async def _let_run(copy: Domain, name: str, outcome: Outcome) -> None:
+    async with once() as libxl:
+        outcome.said = f"domain {copy.domid} is paused, and called {name} or still {copy.name}"
+        await libxl.rename(copy.domid, copy.name, name)
+        outcome.said = f"domain {copy.domid} is called {name}, and may be paused yet: xl unpause {name}"
+        await libxl.unpause(copy.domid)
+        outcome.said = f"{name} runs (domain {copy.domid})"
+        outcome.good = True
 
 
 def _copy_of(config: bytes) -> DomainConfig:
@@ -215,12 +266,15 @@ def _answered(source: int, silence_s: float) -> socket.socket:
                 theirs.sendall(data)
         with suppress(OSError):
             theirs.shutdown(socket.SHUT_WR)  # what was sent is still to be answered
+        draining.join()
+        theirs.close()
 
     def drain() -> None:
         with suppress(OSError):
             while theirs.recv(4096):
                 pass
 
-    for work in (forward, drain):
-        threading.Thread(target=work, name=f"xen: {work.__name__}", daemon=True).start()
+    draining = threading.Thread(target=drain, name="xen: drain", daemon=True)
+    draining.start()
+    threading.Thread(target=forward, name="xen: forward", daemon=True).start()
     return ours

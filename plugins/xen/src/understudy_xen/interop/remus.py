@@ -25,7 +25,7 @@ from understudy.device import no_progress
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
 from understudy_xen.devicemodel import DeviceModel
-from understudy_xen.interop.ending import whole
+from understudy_xen.interop.ending import BACK_S, Outcome, standing, whole
 from understudy_xen.libs import DomainType, Stream, SuspendFailed, Xen, open_xen, save
 from understudy_xen.live import SUSPEND_S, LiveGuest
 from understudy_xen.loop import RemusLoop, Taken
@@ -73,7 +73,7 @@ async def run_remus(
     interval_ms: float,
     count: int,
     tell: Callable[[RemusFigures], None] | None,
-    tell_end: Callable[[Fate], None],
+    outcome: Outcome,
 ) -> None:
     """Checkpoint a running guest until cancelled.
 
@@ -83,7 +83,7 @@ async def run_remus(
         interval_ms: How long the guest runs between two checkpoints, counted from the end of one, as with xl.
         count: How many checkpoints after the first copy, 0 = without end.
         tell: Told of each; ``None``: nobody is.
-        tell_end: Told at the end, however it came, what became of the copy.
+        outcome: Kept true; at the end it says what became of the copy, too, and is good if there is none any more.
 
     Raises:
         GuestNotFound: There is no such domain.
@@ -105,7 +105,7 @@ async def run_remus(
             await sender.begin(command, head, domain.info.pages)
             await sender.checkpoints(interval_ms, count, tell)
         finally:
-            await whole(sender.end(tell_end))
+            await whole(sender.end(name, outcome))
 
 
 class _Sender:
@@ -141,8 +141,8 @@ class _Sender:
         # Only between two checkpoints can the receiver be told anything.
         await whole(pacing, cancelled=loop.rest)
 
-    async def end(self, tell: Callable[[Fate], None]) -> None:
-        fate = Fate.UNKNOWN
+    async def end(self, name: str, outcome: Outcome) -> None:
+        outcome.said = f"{name} may be suspended; {Fate.UNKNOWN.value}"
         try:
             if self._loop is not None:
                 at_rest = self._loop.resting
@@ -150,14 +150,16 @@ class _Sender:
                 if not at_rest and not self._loop.ended.is_set():
                     self._loop.cut("ended")
                 await self._loop.join(_JOIN_S)
-            await asyncio.to_thread(self._live.bring_back, SUSPEND_S)
+            await asyncio.to_thread(self._live.bring_back, BACK_S)
+            outcome.said = f"{name} {standing(self._xen, self._live)}; {Fate.UNKNOWN.value}"
             fate = await asyncio.to_thread(self._part)
+            outcome.said = f"{name} {standing(self._xen, self._live)}; {fate.value}"
+            outcome.good = fate in {Fate.NONE, Fate.DROPPED}
         finally:
             self._live.close()
             self._savers.close()
             if self._outlet is not None:
                 await asyncio.to_thread(self._outlet.close)
-            tell(fate)
 
     def _part(self) -> Fate:
         outlet, loop = self._outlet, self._loop

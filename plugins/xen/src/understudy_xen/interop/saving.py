@@ -18,9 +18,9 @@ from typing import Final
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
 from understudy_xen.devicemodel import DeviceModel
-from understudy_xen.interop.ending import whole
+from understudy_xen.interop.ending import BACK_S, Outcome, standing, whole
 from understudy_xen.libs import DomainType, Precopy, PrecopyStats, Stream, Xen, open_xen, save
-from understudy_xen.live import SUSPEND_S, LiveGuest
+from understudy_xen.live import LiveGuest
 from understudy_xen.primary import stream_head
 from understudy_xen.xenstore import XenStore
 
@@ -31,12 +31,13 @@ _MOST_ROUNDS: Final = 5
 _DRAFT: Final = ".part"
 
 
-async def save_to(name: str, file: Path, *, keep: bool) -> int:
+async def save_to(name: str, file: Path, outcome: Outcome, *, keep: bool) -> int:
     """Save a running guest to a file.
 
     Args:
         name: Of the guest's domain.
         file: Gets the stream; replaced if it is there.
+        outcome: Kept true.
         keep: Let the guest run on. Its disks then change under what was saved.
 
     Returns:
@@ -44,12 +45,15 @@ async def save_to(name: str, file: Path, *, keep: bool) -> int:
 
     Raises:
         GuestNotFound: There is no such domain.
-        HypervisorError: It could not be saved, or the file not be written.
+        HypervisorError: It could not be saved, or the file not be written; or it was, and the domain was not destroyed,
+            or not resumed. `outcome` says which.
 
     Guarantees:
         `file` is whole and on its disk, or as it was before; never a part. Only then the guest is destroyed. On failure
-        and on cancellation it runs on.
+        and on cancellation before the file is in its place the guest runs on; a cancellation after that changes
+        nothing.
     """
+    outcome.said = f"nothing was done: {file} is as it was"
     with open_xen() as xen:
         async with await XenStore.open() as store:
             domain = await inventory.find(store, xen, name)
@@ -58,34 +62,67 @@ async def save_to(name: str, file: Path, *, keep: bool) -> int:
         head = stream_head(await toolstack.configuration(domain.domid))
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
         live = LiveGuest(xen, domain.domid, model)
-        draft = file.with_name(file.name + _DRAFT)
+        work = _Work(xen, live, name, file, outcome)
         saving = _Saving(live, keep=keep)
-        work = asyncio.ensure_future(asyncio.to_thread(_write, xen, saving, draft, head))
+        writing = asyncio.ensure_future(asyncio.to_thread(_write, xen, saving, work.draft, head))
         try:
-            await asyncio.shield(work)
-            size = await asyncio.to_thread(_put, draft, file)
-        except BaseException:
-            saving.given_up = True
-            await whole(_undo(live, work, draft))
-            raise
-        try:
-            if keep:
-                await whole(asyncio.to_thread(live.bring_back, SUSPEND_S))
-            else:
-                await whole(toolstack.destroy(xen, domain.domid))
+            try:
+                await asyncio.shield(writing)
+            except BaseException:
+                saving.given_up = True
+                await whole(work.undo(writing))
+                raise
+            return await whole(work.finish(keep=keep))
         finally:
             live.close()
+
+
+class _Work:
+    # What is done around libxc's part, and said of it.
+
+    def __init__(self, xen: Xen, live: LiveGuest, name: str, file: Path, outcome: Outcome) -> None:
+        self.draft = file.with_name(file.name + _DRAFT)
+        self._xen = xen
+        self._live = live
+        self._name = name
+        self._file = file
+        self._file_says = "is as it was"
+        self._outcome = outcome
+
+    async def undo(self, writing: asyncio.Future[None]) -> None:
+        self._say("may be suspended")
+        await asyncio.wait({writing})
+        await self._back()
+
+    async def finish(self, *, keep: bool) -> int:
+        self._say("is suspended")
+        try:
+            size = await asyncio.to_thread(_put, self.draft, self._file)
+            self._file_says = "is whole, but perhaps not on its disk yet"
+            await asyncio.to_thread(_sync, self._file.parent)
+        except HypervisorError:
+            await self._back()
+            raise
+        saved = f"{self._name} is saved in {self._file}, {size} bytes"
+        self._outcome.said = f"{saved}; the guest may be suspended"
+        try:
+            if keep:
+                await asyncio.to_thread(self._live.bring_back, BACK_S)
+            else:
+                await toolstack.destroy(self._xen, self._live.domid)
+        finally:
+            self._outcome.said = f"{saved}; the guest {standing(self._xen, self._live)}"
+        self._outcome.good = True
         return size
 
-
-async def _undo(live: LiveGuest, work: asyncio.Future[None], draft: Path) -> None:
-    try:
-        await asyncio.wait({work})
+    async def _back(self) -> None:
         with suppress(OSError):
-            await asyncio.to_thread(draft.unlink, missing_ok=True)
-        await asyncio.to_thread(live.bring_back, SUSPEND_S)
-    finally:
-        live.close()
+            await asyncio.to_thread(self.draft.unlink, missing_ok=True)
+        await asyncio.to_thread(self._live.bring_back, BACK_S)
+        self._say(standing(self._xen, self._live))
+
+    def _say(self, doing: str) -> None:
+        self._outcome.said = f"{self._name} {doing}, and {self._file} {self._file_says}"
 
 
 class _Saving:
@@ -143,11 +180,17 @@ def _put(draft: Path, file: Path) -> int:
     try:
         size = draft.stat().st_size
         draft.replace(file)
-        directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        return size
     except OSError as failed:
         raise HypervisorError(f"{file} cannot be written: {failed}") from failed
+    return size
+
+
+def _sync(directory: Path) -> None:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as failed:
+        raise HypervisorError(f"what {directory} holds cannot be brought to its disk: {failed}") from failed
