@@ -128,5 +128,7 @@ def test_the_corpus_is_examined_without_a_fuzzer() -> None:
         timeout=50,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if done.returncode:
+        error = done.stderr.splitlines()[-1:]
+        pytest.fail(f"{' '.join(error)} after {done.stdout.split()[-1:]}\n{done.stderr[-MOST_CHARACTERS:]}")
     assert len(done.stdout.split()) == len(list(CORPUS.iterdir())) > 10
