@@ -172,6 +172,16 @@ def test_when_our_sender_ends_as_asked_a_stock_receiver_drops_its_copy(web: str)
     goes_on(count())
 
 
+def test_an_interrupted_sender_says_what_has_become_of_all(web: str) -> None:
+    receiver = "xl migrate-receive -r -e"
+    with running(*ours("remus", web, "-i", "100", "--allow-unsafe", "--command", receiver)) as sender:
+        sender.line("checkpoint 2:", 120)
+        sender.signal(signal.SIGINT)
+        sender.line("interrupted; web runs on; the receiver has dropped its copy")
+        assert sender.end() == 0
+    goes_on(count())
+
+
 def test_a_stock_receiver_takes_over_from_our_sender(xen: Xen, web: str) -> None:
     words = ("remus", web, "-i", "100", "--allow-unsafe", "--format", "json")
     with running(*ours(*words, "--command", "xl migrate-receive -r -e")) as sender:
