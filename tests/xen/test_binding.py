@@ -43,6 +43,7 @@ from understudy_xen.libs import (
 )
 from understudy_xen.libs.loading import call
 from understudy_xen.libs.suspending import choose_way
+from understudy_xen.savers import Savers, helper_directories
 from understudy_xen.xenstore import BlockingStore, XenStore
 
 pytestmark = [pytest.mark.xen(inside=True), pytest.mark.timeout(300)]
@@ -441,3 +442,15 @@ def test_the_sizes_of_the_table_are_those_of_the_library(xen: Xen) -> None:
         call(xen.libraries.ctrl[function], xen.handle, *arguments, raw)
         assert raw.raw[size:] == b"\xa5" * 64
         assert b"\xa5" * 8 not in raw.raw[:size]
+
+
+def test_a_helper_that_came_and_went_is_told_by_the_kernel_of_dom0() -> None:
+    (directory,) = helper_directories()
+    savers = Savers(4711, lambda _: None)
+    try:
+        assert savers.fileno() >= 0
+        assert savers.look() == ""
+        subprocess.run([directory / "libxl-save-helper"], check=False, capture_output=True, timeout=PATIENT_S)
+        assert "came and went before it was seen for which domain" in savers.look()
+    finally:
+        savers.close()
