@@ -150,19 +150,23 @@ async def test_libxls_own_words_are_told_when_it_fails_before_the_end(
     os.close(held.sender)
 
 
+@pytest.mark.parametrize("has_name", [True, False])
 async def test_an_interrupted_receiver_leaves_nothing(
-    receiving: Begin, restorer_is: Callable[[str], None], domains: Domains, store: Xenstored
+    receiving: Begin, restorer_is: Callable[[str], None], domains: Domains, store: Xenstored, has_name: bool
 ) -> None:
     restorer_is("reads")
     held = await receiving(1)
     await until(lambda: held.copied)
-    domains[8] = Played()
-    store["/local/domain/8/name"] = "web--incoming"
+    domains[8] = Played(uuid=KNOWN)
+    if has_name:
+        store["/local/domain/8/name"] = "web--incoming"
+    store["/local/domain/7/name"] = "web"
+    domains[7] = Played(uuid=KNOWN)  # the guest itself, as when a host sends to itself
     held.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await held.task
     assert (held.outcome.said, held.outcome.good) == ("nothing is left of the copy", False)
-    assert not list(domains.xen().domains())
+    assert [info.domid for info in domains.xen().domains()] == [7]
     os.close(held.sender)
 
 

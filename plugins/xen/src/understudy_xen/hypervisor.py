@@ -70,7 +70,9 @@ class XenHypervisor(Hypervisor):
     def __init__(self, here: HostContext) -> None:
         super().__init__(here)
         self._xen: Xen | None = None
-        self.late = LateSuspends(lambda: self.xen, self.resume)
+        self.late = LateSuspends(
+            lambda: self.xen, self.resume
+        )  #: guests that may suspend, and nobody waits for it
 
     @property
     def modes(self) -> Mapping[Mode, frozenset[Gate]]:
@@ -231,13 +233,7 @@ class XenHypervisor(Hypervisor):
 
     async def destroy_unnamed(self, known: uuid.UUID) -> bool:
         """Destroy what libxl was killed over before it gave it a name, by its UUID; tell whether there was any."""
-        destroyed = False
-        async with await XenStore.open() as store:
-            for info in self.xen.find(known):
-                if await store.get(f"/local/domain/{info.domid}/name") is None:
-                    await toolstack.destroy(self.xen, info.domid)
-                    destroyed = True
-        return destroyed
+        return await toolstack.destroy_unnamed(self.xen, known)
 
     async def resume(self, domid: int) -> None:
         """Let a suspended domain and its device model run on.

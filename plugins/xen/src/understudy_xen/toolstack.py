@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +28,17 @@ from understudy_xen.xenstore import XenStore
 if TYPE_CHECKING:
     from understudy.arbiter import Record
 
-__all__ = ["configuration", "create", "destroy", "is_known", "is_ours", "mark", "queues", "shut_down"]
+__all__ = [
+    "configuration",
+    "create",
+    "destroy",
+    "destroy_unnamed",
+    "is_known",
+    "is_ours",
+    "mark",
+    "queues",
+    "shut_down",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +119,21 @@ async def destroy(xen: Xen, domid: int) -> None:
         if time.monotonic() > deadline:
             raise HypervisorError(f"domain {domid} was destroyed, and is alive")
         await asyncio.sleep(_LOOK_S)
+
+
+async def destroy_unnamed(xen: Xen, known: uuid.UUID) -> bool:
+    """Destroy the domains of a UUID that have no name: libxl was killed when it had just made them.
+
+    Returns:
+        Whether there was any.
+    """
+    destroyed = False
+    async with await XenStore.open() as store:
+        for info in xen.find(known):
+            if await store.get(f"/local/domain/{info.domid}/name") is None:
+                await destroy(xen, info.domid)
+                destroyed = True
+    return destroyed
 
 
 async def queues(interface: str) -> list[str]:

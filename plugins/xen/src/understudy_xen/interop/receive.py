@@ -41,7 +41,7 @@ _CONFIG_S: Final = 60.0
 _COPY_S: Final = 86_400.0
 _TAKE_S: Final = 60.0
 _MAKE_S: Final = 60.0
-_WORDS_S: Final = 2.0
+_WORDS_S: Final = 1.0
 #: libxl's defaults. Source: tools/libs/light/libxl_nic.c (libxl__device_nic_setdefault), docs/misc/xl-network-config.
 _SCRIPTS: Final = Path("/etc/xen/scripts")
 _DEFAULT_SCRIPT: Final = "vif-bridge"
@@ -105,6 +105,8 @@ async def receive(
         for task in (restoring, copying):
             task.add_done_callback(_heard)
         await _first(restoring, copying)
+        if not restoring.done() and copying.exception() is not None:
+            await _said(restoring)
         if restoring.done():
             copying.cancel()
             restoring.result()
@@ -145,20 +147,24 @@ async def _closed(restorer: Restorer | None, receiver: Receiver) -> None:
 async def _taken_over(receiver: Receiver, restoring: asyncio.Future[int]) -> int:
     # The stream is cut: libxl is to take what is held, and to make the domain of it.
     if restoring.done():
-        restoring.result()  # raises: libxl has ended, and its own words are the cause
+        restoring.result()  # raises: libxl has ended
     try:
         await receiver.hand_over(_TAKE_S)
     except HypervisorError:
-        # Likewise. They may come a little later than the end of its pipe.
-        await asyncio.wait({restoring}, timeout=_WORDS_S)
-        if restoring.done():
-            restoring.result()
+        await _said(restoring)
         raise
     try:
         async with asyncio.timeout(_MAKE_S):
             return await restoring
     except TimeoutError:
         raise HypervisorError(f"libxl has not made the domain within {_MAKE_S:g} s") from None
+
+
+async def _said(restoring: asyncio.Future[int]) -> None:
+    # If libxl has ended, its own words are the cause. They may come a little later than the end of its pipe.
+    await asyncio.wait({restoring}, timeout=_WORDS_S)
+    if restoring.done():
+        restoring.result()
 
 
 async def _first(*ends: asyncio.Future[Any]) -> None:
@@ -190,12 +196,15 @@ async def _undo(restorer: Restorer, copy: DomainConfig | None) -> None:
     await restorer.kill()
     if copy is None:
         return
-    # By its name, which nobody else had when this began: its UUID is the guest's, who may be on this host, too.
+    # By its name, which nobody else had when this began: its UUID is the guest's, who may be on this host, too. But the
+    # guest has a name.
     with open_xen() as xen:
         async with await XenStore.open() as store:
             made = await inventory.find(store, xen, copy.name)
         if made is not None:
             await toolstack.destroy(xen, made.domid)
+        if copy.uuid is not None:
+            await toolstack.destroy_unnamed(xen, copy.uuid)
 
 
 async def promote(name: str, outcome: Outcome, *, reason: str) -> int:
