@@ -310,7 +310,7 @@ async def test_interrupted_before_the_file_is_there_the_guest_runs_on(
     saving: BeginSave, domains: Domains
 ) -> None:
     save = await saving(8)
-    await until(lambda: "web.save.part" in save.files())
+    await until(lambda: len(save.files()) == 2)
     save.task.cancel()
     await asyncio.sleep(0.05)
     assert "may be suspended" in save.outcome.said
@@ -344,11 +344,24 @@ async def test_a_domain_that_is_not_destroyed_is_told(saving: BeginSave, domains
     assert save.outcome.said.endswith("bytes; the guest is suspended")
 
 
+async def test_another_process_that_saves_to_the_same_file_is_not_cut_short(
+    saving: BeginSave, domains: Domains
+) -> None:
+    save = await saving(8)
+    another = save.file.with_name("web.save.1.part")  # process 1's
+    another.write_bytes(b"head")
+    await until(lambda: f"web.save.{os.getpid()}.part" in save.files())
+    domains.may_save.set()
+    await save.task
+    assert sorted(save.files()) == ["web.save", another.name]
+    assert another.read_bytes() == b"head"
+
+
 async def test_a_file_that_cannot_be_written_leaves_the_guest_running(
     saving: BeginSave, domains: Domains, tmp_path: Path
 ) -> None:
     save = await saving(8)
-    await until(lambda: "web.save.part" in save.files())
+    await until(lambda: len(save.files()) == 2)
     save.file.unlink()
     (save.file / "in-its-way").mkdir(parents=True)
     domains.may_save.set()

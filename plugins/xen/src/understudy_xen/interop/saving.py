@@ -81,7 +81,8 @@ class _Work:
     # What is done around libxc's part, and said of it.
 
     def __init__(self, xen: Xen, live: LiveGuest, name: str, file: Path, outcome: Outcome) -> None:
-        self.draft = file.with_name(file.name + _DRAFT)
+        # Of this process alone: another one that saves to the same file must not cut it short.
+        self.draft = file.with_name(f"{file.name}.{os.getpid()}{_DRAFT}")
         self._xen = xen
         self._live = live
         self._name = name
