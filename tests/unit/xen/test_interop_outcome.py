@@ -139,6 +139,17 @@ async def test_a_copy_is_held_when_the_sender_ends(
     assert await copies.noted("web") == set()  # so no janitor takes it for that one
 
 
+async def test_where_there_is_a_copy_already_nothing_is_said_to_be_gone(
+    receiving: Begin, copy: Played, restorer_is: Callable[[str], None]
+) -> None:
+    restorer_is("reads")
+    held = await receiving(1)
+    with pytest.raises(HypervisorError, match="there is a domain web--incoming already"):
+        await held.task
+    assert held.outcome == Outcome("nothing was done")
+    os.close(held.sender)
+
+
 async def test_libxls_own_words_are_told_when_it_fails_before_the_end(
     receiving: Begin, restorer_is: Callable[[str], None]
 ) -> None:
