@@ -4,6 +4,7 @@ It reads its stream to the end and says that it has made domain 8; or, by its be
 
 * ``refuses``: libxl fails at once;
 * ``fails``: libxl fails when a part of the stream has come, and says so some time after it has closed it;
+* ``makes-slowly``: takes its time to make the domain when its stream has ended;
 * ``lingers``: takes its time for each command, and for its end;
 * ``stuck``: cannot let a domain run;
 * ``leaves``: as without, but a process that it has started keeps its standard error open.
@@ -55,7 +56,7 @@ def restored(behaviour: str, stream: int) -> dict[str, object]:
         while os.read(stream, 1 << 16) and behaviour != "fails":
             pass
     os.close(stream)
-    if behaviour == "fails":
+    if behaviour in {"fails", "makes-slowly"}:
         time.sleep(0.1)
     if behaviour in {"refuses", "fails"}:
         return {"failed": failure("libxl_domain_create_restore", "no such bridge")}

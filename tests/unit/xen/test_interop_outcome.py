@@ -211,6 +211,23 @@ async def test_a_copy_that_is_whole_stays_although_the_receiver_is_interrupted(
     assert "holds the first copy and 1 checkpoints; it is paused" in held.outcome.said
 
 
+async def test_the_only_copy_is_made_although_the_receiver_is_interrupted_when_the_sender_has_ended(
+    receiving: Begin, restorer_is: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    restorer_is("makes-slowly")
+    caplog.set_level("INFO", receive_module.__name__)
+    held = await receiving(1)
+    await until(lambda: held.copied)
+    os.close(held.sender)
+    await until(lambda: "the primary" in caplog.text)  # it is known that the stream has ended
+    assert not held.outcome.good
+    held.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await held.task
+    assert held.outcome.good
+    assert "web--incoming (domain 8) holds the first copy and 1 checkpoints" in held.outcome.said
+
+
 # --- promote ---------------------------------------------------------------------------------------------------------
 
 

@@ -75,8 +75,8 @@ async def receive(
             refused it.
 
     Guarantees:
-        When this raises or is cancelled before the copy is whole and paused, nothing is left of it; `outcome` says if
-        that failed.
+        When this raises, or is cancelled before the stream has ended, nothing is left of the copy; `outcome` says if
+        that failed. Cancelled later, it first makes the domain, and leaves it.
     """
     os.write(target, BANNER)
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -113,15 +113,10 @@ async def receive(
         await copying
         copied(config.name)
         await _first(restoring, lost)
-        loaded = receiver.cut()
-        domid = await _taken_over(receiver, restoring)
-        guest = config.name.removesuffix(INCOMING)
-        outcome.said = (
-            f"{config.name} (domain {domid}) holds the first copy and {loaded} checkpoints; it is paused. If the guest "
-            f"is dead on the other host: understudy xen promote {guest} --force --reason TEXT"
-        )
-        outcome.good = True
         _log.info("%s: %s", config.name, lost.result() if lost.done() else "libxl has ended the restore")
+        loaded = receiver.cut()
+        # The sender may be dead, and this the only copy: who is impatient now must not cost it.
+        domid = await whole(_taken_over(receiver, restoring, config.name, outcome))
         return config.name, domid, loaded
     except BaseException:
         if restorer is not None and not outcome.good:
@@ -143,7 +138,7 @@ async def _closed(restorer: Restorer | None, receiver: Receiver) -> None:
         await receiver.close()
 
 
-async def _taken_over(receiver: Receiver, restoring: asyncio.Future[int]) -> int:
+async def _taken_over(receiver: Receiver, restoring: asyncio.Future[int], name: str, outcome: Outcome) -> int:
     # The stream is cut: libxl is to take what is held, and to make the domain of it.
     if restoring.done():
         restoring.result()  # raises: libxl has ended
@@ -154,9 +149,15 @@ async def _taken_over(receiver: Receiver, restoring: asyncio.Future[int]) -> int
         raise
     try:
         async with asyncio.timeout(_MAKE_S):
-            return await restoring
+            domid = await restoring
     except TimeoutError:
         raise HypervisorError(f"libxl has not made the domain within {_MAKE_S:g} s") from None
+    outcome.said = (
+        f"{name} (domain {domid}) holds the first copy and {receiver.loaded} checkpoints; it is paused. If the guest "
+        f"is dead on the other host: understudy xen promote {name.removesuffix(INCOMING)} --force --reason TEXT"
+    )
+    outcome.good = True
+    return domid
 
 
 async def _said(restoring: asyncio.Future[int]) -> None:
