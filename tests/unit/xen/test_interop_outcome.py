@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -19,6 +20,8 @@ from tests.unit.xen.link import stream
 from tests.unit.xen.xenstored import Xenstored
 from understudy.errors import HypervisorError
 from understudy_xen import copies
+from understudy_xen.claim import ClaimTaken, claimed
+from understudy_xen.hypervisor import XenHypervisor
 from understudy_xen.interop import receive as receive_module
 from understudy_xen.interop import saving as saving_module
 from understudy_xen.interop.command import _run
@@ -220,7 +223,7 @@ async def test_the_only_copy_is_made_although_the_receiver_is_interrupted_when_t
     await until(lambda: held.copied)
     os.close(held.sender)
     await until(lambda: "the primary" in caplog.text)  # it is known that the stream has ended
-    assert not held.outcome.good
+    assert held.outcome.said == "nothing was done"
     held.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await held.task
@@ -360,6 +363,42 @@ async def test_interrupted_when_the_file_is_there_the_save_is_brought_to_its_end
         await save.task
     assert save.outcome.good
     assert save.outcome.said.endswith("bytes; the guest is gone")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_nobody_else_lets_the_guest_go_before_the_save_has_ended(
+    saving: BeginSave,
+    domains: Domains,
+    hypervisor: XenHypervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: bool,
+) -> None:
+    put = saving_module._put
+    may_go_on = threading.Event()
+
+    def waits(draft: Path, file: Path) -> int:
+        may_go_on.wait(10)
+        return put(draft, file)
+
+    monkeypatch.setattr(saving_module, "_put", waits)
+    domains.may_save.set()
+    save = await saving(8, keep=keep)
+    await until(lambda: save.outcome.said.startswith("web is suspended"))  # libxc's part is done
+    with pytest.raises(ClaimTaken):
+        await hypervisor.resume(8)
+    may_go_on.set()
+    await save.task
+    assert save.guest.resumed == int(keep)
+
+
+async def test_a_guest_that_is_being_protected_is_not_touched(saving: BeginSave, store: Xenstored) -> None:
+    with claimed(8):
+        save = await saving(8)
+        with pytest.raises(ClaimTaken):
+            await save.task
+    assert store[CONTROL.format(8)] == ""
+    assert save.outcome == Outcome(f"nothing was done: {save.file} is as it was")
+    assert save.files() == {"web.save": b"before"}
 
 
 async def test_a_domain_that_is_not_destroyed_is_told(saving: BeginSave, domains: Domains) -> None:

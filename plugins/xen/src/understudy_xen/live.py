@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any, Final, TypeVar
 
 from understudy_xen.claim import claimed
@@ -44,13 +45,23 @@ class LiveGuest:
         domid: Its domain.
         model: Its device model, ``None`` for a guest without one.
         way: How it is asked to suspend; ``None`` for the best that it offers.
+        has_claim: Whoever made this has the claim on it, for as long as this is used.
 
     Raises:
         DomainGone: There is no such domain.
     """
 
-    def __init__(self, xen: Xen, domid: int, model: DeviceModel | None, *, way: Way | None = None) -> None:
+    def __init__(
+        self,
+        xen: Xen,
+        domid: int,
+        model: DeviceModel | None,
+        *,
+        way: Way | None = None,
+        has_claim: bool = False,
+    ) -> None:
         self.domid = domid
+        self._has_claim = has_claim
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._suspender = Suspender(xen, domid, way=way)
@@ -150,7 +161,7 @@ class LiveGuest:
             _log.warning("domain %d may suspend yet: that cannot be taken back: %s", self.domid, error)
 
     def _let_go(self) -> None:
-        with claimed(self.domid):
+        with nullcontext() if self._has_claim else claimed(self.domid):
             # Nobody can have let it go since: it would be let go a second time.
             info = self._xen.domain(self.domid)
             if info is not None and info.suspended:

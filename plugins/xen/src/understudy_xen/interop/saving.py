@@ -17,9 +17,10 @@ from typing import Final
 
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
+from understudy_xen.claim import claimed
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.interop.ending import BACK_S, Outcome, standing, whole
-from understudy_xen.libs import DomainType, Precopy, PrecopyStats, Stream, Xen, open_xen, save
+from understudy_xen.libs import DomainType, Precopy, PrecopyStats, Stream, Xen, open_xen, save_claimed
 from understudy_xen.live import LiveGuest
 from understudy_xen.primary import stream_head
 from understudy_xen.xenstore import XenStore
@@ -45,6 +46,7 @@ async def save_to(name: str, file: Path, outcome: Outcome, *, keep: bool) -> int
 
     Raises:
         GuestNotFound: There is no such domain.
+        ClaimTaken: It is being protected or saved already; nothing was done.
         HypervisorError: It could not be saved, or the file not be written; or it was, and the domain was not destroyed,
             or not resumed. `outcome` says which.
 
@@ -61,20 +63,22 @@ async def save_to(name: str, file: Path, outcome: Outcome, *, keep: bool) -> int
             raise GuestNotFound(f"there is no domain {name} on this host")
         head = stream_head(await toolstack.configuration(domain.domid))
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
-        live = LiveGuest(xen, domain.domid, model)
-        work = _Work(xen, live, name, file, outcome)
-        saving = _Saving(live, keep=keep)
-        writing = asyncio.ensure_future(asyncio.to_thread(_write, xen, saving, work.draft, head))
-        try:
+        # To the end: let go by somebody else while its file goes to the disk, it would be destroyed after it ran on.
+        with claimed(domain.domid):
+            live = LiveGuest(xen, domain.domid, model, has_claim=True)
+            work = _Work(xen, live, name, file, outcome)
+            saving = _Saving(live, keep=keep)
+            writing = asyncio.ensure_future(asyncio.to_thread(_write, xen, saving, work.draft, head))
             try:
-                await asyncio.shield(writing)
-            except BaseException:
-                saving.given_up = True
-                await whole(work.undo(writing))
-                raise
-            return await whole(work.finish(keep=keep))
-        finally:
-            live.close()
+                try:
+                    await asyncio.shield(writing)
+                except BaseException:
+                    saving.given_up = True
+                    await whole(work.undo(writing))
+                    raise
+                return await whole(work.finish(keep=keep))
+            finally:
+                live.close()
 
 
 class _Work:
@@ -164,7 +168,7 @@ def _write(xen: Xen, saving: _Saving, draft: Path, head: bytes) -> None:
         with draft.open("wb") as file:
             file.write(head)
             file.flush()
-            call = partial(save, xen, saving.live.domid, stream=Stream.PLAIN, live=saving.keep)
+            call = partial(save_claimed, xen, saving.live.domid, stream=Stream.PLAIN, live=saving.keep)
             call(file.fileno(), saving)
             # libxc wrote by the descriptor, which the file object does not know.
             file.seek(0, os.SEEK_END)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from understudy_xen.libs.saving import SaveCallbacks as SaveCallbacks
     from understudy_xen.libs.saving import Stream as Stream
     from understudy_xen.libs.saving import save as save
+    from understudy_xen.libs.saving import save_claimed as save_claimed
     from understudy_xen.libs.suspending import Suspended as Suspended
     from understudy_xen.libs.suspending import Suspender as Suspender
     from understudy_xen.libs.suspending import Way as Way
@@ -63,6 +64,7 @@ _HOMES = {
         "SaveCallbacks",
         "Stream",
         "save",
+        "save_claimed",
     ),
     "understudy_xen.libs.suspending": (
         "Suspended",

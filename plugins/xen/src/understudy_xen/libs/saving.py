@@ -30,7 +30,7 @@ from understudy_xen.libs.loading import open_handle
 from understudy_xen.libs.toollog import Progress, ToolLog
 from understudy_xen.libs.xen import Xen
 
-__all__ = ["Precopy", "PrecopyStats", "SaveCallbacks", "Stream", "save"]
+__all__ = ["Precopy", "PrecopyStats", "SaveCallbacks", "Stream", "save", "save_claimed"]
 
 _log = logging.getLogger("understudy_xen.libxc")
 _LIVE: Final = 1  # XCFLAGS_LIVE
@@ -201,7 +201,7 @@ def save(
         progress: Told what is being done, and how far it is, until the domain is first suspended.
 
     Raises:
-        ClaimTaken: This host saves the domain already, by this function.
+        ClaimTaken: Somebody else on this host works on the domain.
         BaseException: What a callback raised first; a note says what libxenguest made of it.
         XenCallFailed: libxenguest failed by itself, e.g. because `fd` broke.
 
@@ -210,19 +210,21 @@ def save(
         suspended: the caller resumes it. Returns only when a callback ended it (PLAIN: when all is written).
     """
     with claimed(domid):
-        _save(xen, domid, fd, callbacks, stream, live, recv_fd, progress)
+        save_claimed(xen, domid, fd, callbacks, stream=stream, live=live, recv_fd=recv_fd, progress=progress)
 
 
-def _save(
+def save_claimed(
     xen: Xen,
     domid: int,
     fd: int,
     callbacks: SaveCallbacks,
-    stream: Stream,
-    live: bool,  # noqa: FBT001 - as `save` got them
-    recv_fd: int,
-    progress: Progress | None,
+    *,
+    stream: Stream = Stream.REMUS,
+    live: bool = True,
+    recv_fd: int = -1,
+    progress: Progress | None = None,
 ) -> None:
+    """Save a domain as `save` does, for a caller who has the claim on it and keeps it."""
     log = ToolLog(_say, progress)
     handle = open_handle(xen.libraries, log.address)
     bridge = _Bridge(callbacks, log.stop_progress)
