@@ -112,6 +112,17 @@ def test_one_of_another_domain_goes_on(tmp_path: Path, process: subprocess.Popen
         savers.close()
 
 
+def test_one_that_begins_when_nobody_looks_any_more_goes_on(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    savers = Savers(7, pytest.fail, proc=tmp_path, directories=())
+    assert savers.look() == ""
+    savers.close()
+    _place(tmp_path, process.pid, 7)
+    assert savers.look() == ""  # a checkpoint that is still under way, or a timer
+    assert process.poll() is None
+
+
 @told_by_the_kernel
 @pytest.mark.parametrize("is_collected", [True, False], ids=["gone", "zombie"])
 def test_one_that_came_and_went_is_taken_for_one_of_the_domain(

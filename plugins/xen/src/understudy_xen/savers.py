@@ -106,6 +106,7 @@ class Savers:
         self._proc = proc
         self._lock = threading.Lock()
         self._execs = _execs([*(helper_directories() if directories is None else directories)])
+        self._closed = False
         self._first = True  # some may have begun before anybody told of them
         self._begun: list[_Begun] = []
         self.found = ""  #: who saves the domain, a sentence; ``""``: nobody has been seen
@@ -120,12 +121,14 @@ class Savers:
         return bool(self._begun)
 
     def look(self) -> str:
-        """Look for helpers, and end those that are found.
+        """Look for helpers, and end those that are found; closed, only tell what was found before.
 
         Returns:
             Who saves the domain or has begun to, one clause; ``""`` if nobody has since this object was made.
         """
         with self._lock:
+            if self._closed:
+                return self.found
             if self._execs is not None:
                 for pid in self._execs.begun():
                     self._take(pid)
@@ -136,8 +139,13 @@ class Savers:
             return self.found
 
     def close(self) -> None:
-        """Look no more. Idempotent."""
+        """Look no more. Idempotent.
+
+        Guarantees:
+            Whoever saves the domain from now on is left alone, also if somebody still asks.
+        """
         with self._lock:
+            self._closed = True
             execs, self._execs = self._execs, None
             if execs is not None:
                 execs.close()
