@@ -82,6 +82,7 @@ class Xenstored:
         self._watches: list[tuple[socket.socket, bytes, bytes]] = []
         self._clients: list[socket.socket] = []
         self._lock = threading.RLock()
+        self._closed = False
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(str(place))
         self._server.listen()
@@ -92,6 +93,8 @@ class Xenstored:
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
+            self._closed = True
+            self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             for each in (self._server, *self._clients):
                 each.close()
 
@@ -125,6 +128,9 @@ class Xenstored:
             except OSError:
                 return
             with self._lock:
+                if self._closed:  # it came in the last moment
+                    client.close()
+                    return
                 self._clients.append(client)
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
