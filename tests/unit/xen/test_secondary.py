@@ -1,4 +1,4 @@
-"""A copy is promoted with the disks of the checkpoint that its memory holds."""
+"""A copy is promoted with the disks of the checkpoint that its memory holds, and discarded alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import pytest
 
 from tests.unit.device_fakes import FakeWorld
 from tests.unit.xen import link
+from tests.unit.xen.hypervisor import Domains, Played
+from tests.unit.xen.xenstored import Xenstored
 from understudy.arbiter import Record, RecordState
 from understudy.device import ReplicationMode
+from understudy.errors import HypervisorError
 from understudy.group import DeviceGroup
 from understudy.services import Channels
 from understudy_xen.guestfile import XenConfig
@@ -68,3 +71,52 @@ async def test_the_disks_are_those_of_the_memory_also_if_they_were_not_told_of_i
     done = [step for step in world.journal.of("disk0") if not step.endswith("done")]
     assert done == ["open", "start secondary", "checkpoint 1", "checkpoint 2", "stop failover"]
     await secondary.close()
+
+
+async def test_a_domain_that_came_in_the_way_while_the_devices_copied_is_not_destroyed(
+    hypervisor: XenHypervisor,
+    config: XenConfig,
+    restorer_is: Callable[[str], None],
+    domains: Domains,
+    store: Xenstored,
+) -> None:
+    restorer_is("reads")
+    group = await DeviceGroup.open(FakeWorld({"disk0": {}}).setup(side=ReplicationMode.SECONDARY))
+    primary = Primary()
+    secondary = await hypervisor.secondary(config, {})
+    await secondary.launch(group)
+    domains[5] = Played(pauses=1)  # an operator's, of 'understudy xen receive'
+    store["/local/domain/5/name"] = "web--incoming"
+    with pytest.raises(HypervisorError, match="there is a domain web--incoming on alpha already"):
+        await secondary.receive(cast("Channels", primary), group)
+    primary.close()
+    await secondary.discard()
+    await secondary.close()
+    assert list(domains) == [5]
+
+
+@pytest.mark.parametrize("name", ["web--incoming", "web"])
+async def test_a_copy_is_discarded_by_its_number_whatever_it_is_called_by_now(
+    hypervisor: XenHypervisor,
+    config: XenConfig,
+    restorer_is: Callable[[str], None],
+    domains: Domains,
+    store: Xenstored,
+    name: str,
+) -> None:
+    restorer_is("reads")
+    group = await DeviceGroup.open(FakeWorld({"disk0": {}}).setup(side=ReplicationMode.SECONDARY))
+    primary = Primary()
+    secondary = await hypervisor.secondary(config, {})
+    await secondary.launch(group)
+    await secondary.receive(cast("Channels", primary), group)
+    primary.hear(3)
+    primary.close()
+    await secondary.sever("a test")
+    await secondary.promote(group, WON)
+    domains[5], domains[8] = Played(), Played(pauses=1)  # the restorer says that it has made 8
+    store["/local/domain/5/name"] = "web" if name != "web" else "web--incoming"
+    store["/local/domain/8/name"] = name
+    await secondary.discard()
+    await secondary.close()
+    assert [info.domid for info in hypervisor.xen.domains()] == [5]

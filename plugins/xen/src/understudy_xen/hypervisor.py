@@ -187,8 +187,13 @@ class XenHypervisor(Hypervisor):
                 raise HypervisorError(f"xl has created {config.name}, but there is no such domain")
             await self.mark(domain.domid, record)
         except BaseException:
-            await asyncio.shield(self.destroy(ours, guest=True))
+            await asyncio.shield(self._undo_start(config))
             raise
+
+    async def _undo_start(self, config: GuestConfig) -> None:
+        domain = await self.find(config)
+        if domain is not None:
+            await self.discard(domain)
 
     async def mark(self, domid: int, record: Record) -> None:
         """Note in xenstore that a domain is the guest by this record."""
@@ -224,12 +229,6 @@ class XenHypervisor(Hypervisor):
                 await interfaces.close_way_out(queue)
         await toolstack.destroy(self.xen, domain.domid)
         devicemodel.remove_state(domain.domid)
-
-    async def destroy(self, config: XenConfig, *, guest: bool) -> None:
-        """Discard the copy of a guest on this host, or the guest itself. Idempotent."""
-        domain = await self.find(config, copy=not guest)
-        if domain is not None:
-            await self.discard(domain)
 
     async def destroy_unnamed(self, known: uuid.UUID) -> bool:
         """Destroy what libxl was killed over before it gave it a name, by its UUID; tell whether there was any."""
@@ -294,8 +293,11 @@ class XenHypervisor(Hypervisor):
                         f"there is a domain {name} on {self.here.host} already; destroy it if nobody needs it"
                     )
 
-        async def destroy(guest: bool) -> None:  # noqa: FBT001 - a callback of one argument
-            await self.destroy(ours, guest=guest)
+        async def destroy(domid: int) -> None:
+            for copy in (True, False):
+                domain = await self.find(config, copy=copy)
+                if domain is not None and (domain.domid == domid or (copy and not domid)):
+                    await self.discard(domain)
 
         def is_paused(domid: int) -> bool:
             info = self.xen.domain(domid)

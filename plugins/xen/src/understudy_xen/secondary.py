@@ -48,15 +48,15 @@ _MAKE_S: Final = 50.0  # for libxl to make the domain's devices; it gives a scri
 class SecondaryParts:
     """What a session on the secondary is made of.
 
-    `check` raises if there is no place for a copy; `destroy` destroys whatever domain is called like the copy or, with
-    ``guest=True``, like the guest, and sees it gone; `destroy_unnamed` does so with what libxl had not named yet when
-    it was killed; `note` and `forget` keep what a later agent has to know of a copy; `is_paused` tells whether a domain
-    is paused.
+    `check` raises if there is no place for a copy; `destroy` destroys the domain of a number if it is called like the
+    copy or the guest, or, where that is 0, the domain that is called like the copy, and sees it gone; `destroy_unnamed`
+    does so with what libxl had not named yet when it was killed; `note` and `forget` keep what a later agent has to
+    know of a copy; `is_paused` tells whether a domain is paused.
     """
 
     config: XenConfig
     check: Callable[[], Awaitable[None]]
-    destroy: Callable[[bool], Awaitable[None]]
+    destroy: Callable[[int], Awaitable[None]]
     destroy_unnamed: Callable[[uuid.UUID], Awaitable[object]]
     note: Callable[[uuid.UUID], Awaitable[None]]
     forget: Callable[[], Awaitable[None]]
@@ -77,9 +77,8 @@ class XenSecondary(SecondaryDomain):
         self._receiver: Receiver | None = None
         self._restoring: asyncio.Task[int] | None = None
         self._pipe = -1  # its writing end, until the receiver has it
-        self._placed = False  # there was no domain of either name before
-        self._uuid: uuid.UUID | None = None
-        self._domid = 0
+        self._uuid: uuid.UUID | None = None  # once libxl may have begun to make the domain
+        self._domid = 0  # once it is made
         self._severed = False
         self._promoted = False
         self._queue: asyncio.Queue[DomainEvent] = asyncio.Queue()
@@ -103,7 +102,6 @@ class XenSecondary(SecondaryDomain):
             HypervisorError: A domain of this name is in the way, or libxl cannot be used here.
         """
         await self._parts.check()
-        self._placed = True
         source, self._pipe = os.pipe2(os.O_CLOEXEC)
         try:
             self._restorer = await Restorer.start(stream_fd=source)
@@ -115,7 +113,8 @@ class XenSecondary(SecondaryDomain):
         """Accept the stream; return when the first copy is with libxl, whole.
 
         Raises:
-            HypervisorError: The stream broke before that, it is not of this guest, or libxl refused it.
+            HypervisorError: The stream broke before that, it is not of this guest, libxl refused it, or a domain of
+                this name has come in the way.
         """
         if self._restorer is None:
             raise StateError("the copy has not been launched")
@@ -136,6 +135,8 @@ class XenSecondary(SecondaryDomain):
         copy = domain.for_copy(self._parts.config)
         if copy.uuid is None:
             raise HypervisorError(f"the configuration of {domain.name} that came with the stream has no UUID")
+        # Again: the devices may have copied for days, and what has come meanwhile is not this session's to destroy.
+        await self._parts.check()
         self._uuid = copy.uuid
         await self._parts.note(copy.uuid)
         self._restoring = asyncio.get_running_loop().create_task(
@@ -239,20 +240,17 @@ class XenSecondary(SecondaryDomain):
         """Kill the restore and destroy the copy. Idempotent; also right when `launch` failed half-way.
 
         Guarantees:
-            A domain that was in the way of `launch` is not touched.
+            A domain that was in the way of the copy is not touched.
         """
         self._severed = True
         await self._end()
-        if self._placed:
-            await self._parts.destroy(False)  # noqa: FBT003 - the copy
-        if self._uuid is not None:
-            # A domain is made first, and named when some more of it is made.
-            await self._parts.destroy_unnamed(self._uuid)
-        if self._domid:
-            # It may have got the guest's name although the answer was lost.
-            await self._parts.destroy(True)  # noqa: FBT003 - the guest
-        if self._uuid is not None:
-            await self._parts.forget()
+        if self._uuid is None:
+            return
+        # It may have got the guest's name although the answer was lost.
+        await self._parts.destroy(self._domid)
+        # A domain is made first, and named when some more of it is made.
+        await self._parts.destroy_unnamed(self._uuid)
+        await self._parts.forget()
 
     def watch(self) -> AsyncIterator[DomainEvent]:
         """Yield what happens unasked, until `close`."""
