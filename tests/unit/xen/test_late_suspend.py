@@ -12,6 +12,7 @@ import pytest
 from tests.unit.xen.hypervisor import Domains, Played
 from tests.unit.xen.xenstored import Xenstored
 from understudy.arbiter import Record, RecordState
+from understudy_xen import late as late_module
 from understudy_xen import live as live_module
 from understudy_xen import primary as primary_module
 from understudy_xen.claim import ClaimTaken, claimed
@@ -159,6 +160,45 @@ async def test_whoever_has_the_claim_resumes_it_himself(hypervisor: XenHyperviso
         await asyncio.sleep(0.05)
         await hypervisor.late.call_off(7)
     assert guest.resumed == 0
+
+
+async def test_whoever_had_the_claim_may_die(
+    hypervisor: XenHypervisor, guest: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late_module, "_AGAIN_S", 0.02)
+    guest.suspend()
+    with claimed(7):
+        hypervisor.late.expect(7)
+        await asyncio.sleep(0.05)
+    await until(lambda: guest.shutdown is None)
+    await hypervisor.late.call_off(7)
+
+
+async def test_a_xenstored_that_cannot_be_asked_for_a_moment_leaves_nobody_suspended(
+    hypervisor: XenHypervisor,
+    guest: Played,
+    store: Xenstored,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(late_module, "_AGAIN_S", 0.02)
+    away = store.place.rename(store.place.with_name("away"))
+    guest.suspend()
+    hypervisor.late.expect(7)
+    await until(lambda: "has suspended late, and is not resumed yet" in caplog.text)
+    away.rename(store.place)
+    await until(lambda: guest.shutdown is None)
+    await hypervisor.late.call_off(7)
+    assert guest.resumed == 1
+
+
+async def test_a_guest_that_offers_an_event_channel_is_resumed_without_it(
+    hypervisor: XenHypervisor, guest: Played, store: Xenstored
+) -> None:
+    store["/local/domain/7/device/suspend/event-channel"] = "3"
+    guest.suspend()
+    await hypervisor.resume(7)
+    assert guest.resumed == 1
 
 
 async def test_after_it_was_called_off_nothing_is_done(hypervisor: XenHypervisor, guest: Played) -> None:

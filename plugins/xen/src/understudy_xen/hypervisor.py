@@ -244,7 +244,9 @@ class XenHypervisor(Hypervisor):
         info = self.xen.domain(domid)
         if info is None:
             return
-        live = LiveGuest(self.xen, domid, DeviceModel(domid) if info.kind is DomainType.HVM else None)
+        model = DeviceModel(domid) if info.kind is DomainType.HVM else None
+        # It is not to be asked for anything: whoever has its suspend event channel may keep that.
+        live = LiveGuest(self.xen, domid, model, way=Way.XENSTORE)
         try:
             await asyncio.to_thread(live.bring_back, 0)
         finally:

@@ -12,6 +12,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from understudy.errors import HypervisorError
@@ -25,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 LATE_S: Final = 120.0  #: for how long a guest that may suspend is looked at
 _LOOK_S: Final = 0.1
+_AGAIN_S: Final = 1.0  # when it could not be resumed
 
 
 class LateSuspends:
@@ -46,13 +49,18 @@ class LateSuspends:
 
     def expect(self, domid: int) -> None:
         """Look at a domain from now on, for a time. Idempotent."""
-        if domid not in self._watched:
+        watched = self._watched.get(domid)
+        if watched is None or watched[1].done():
             off = asyncio.Event()
             task = asyncio.get_running_loop().create_task(
                 self._watch(domid, off), name=f"xen: late suspend of domain {domid}"
             )
             self._watched[domid] = off, task
-            task.add_done_callback(lambda _: self._watched.pop(domid, None))
+            task.add_done_callback(partial(self._forget, domid))
+
+    def _forget(self, domid: int, task: asyncio.Task[None]) -> None:
+        if self._watched[domid][1] is task:
+            del self._watched[domid]
 
     async def call_off(self, domid: int) -> None:
         """Look at a domain no more: who begins to work on it resumes it. Idempotent.
@@ -68,29 +76,33 @@ class LateSuspends:
 
     async def _watch(self, domid: int, off: asyncio.Event) -> None:
         until = time.monotonic() + self._late_s
-        try:
-            while not off.is_set() and time.monotonic() < until:
-                info = self._xen().domain(domid)
-                if info is None or info.dying:
+        problem = ""
+        while not off.is_set() and time.monotonic() < until:
+            try:
+                if await self._is_settled(domid):
                     return
-                if info.suspended:
-                    await self._let_go(domid)
-                    return
-                try:
-                    async with asyncio.timeout(_LOOK_S):
-                        await off.wait()
-                except TimeoutError:
-                    continue
-        except HypervisorError as error:
-            _log.error("domain %d may have suspended late, and stays so: %s", domid, error)
+                problem = ""
+            except HypervisorError as error:
+                # Xenstored or the device model may be late; and whoever has the claim may die.
+                if str(error) != problem:
+                    problem = str(error)
+                    log = _log.info if isinstance(error, ClaimTaken) else _log.warning
+                    log("domain %d has suspended late, and is not resumed yet: %s", domid, problem)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_AGAIN_S if problem else _LOOK_S):
+                    await off.wait()
+        if problem and not off.is_set():
+            _log.error("domain %d may have suspended late, and stays so: %s", domid, problem)
 
-    async def _let_go(self, domid: int) -> None:
+    async def _is_settled(self, domid: int) -> bool:
+        info = self._xen().domain(domid)
+        if info is None or info.dying:
+            return True
+        if not info.suspended:
+            return False
         if saver := saved_by(domid):
             _log.info("domain %d is suspended while another toolstack saves it (pid %d)", domid, saver)
-            return
-        try:
-            await self._resume(domid)
-        except ClaimTaken as taken:
-            _log.info("domain %d has suspended late, and is left to whoever has it: %s", domid, taken)
-        else:
-            _log.warning("domain %d has suspended when nobody waited for it any more: resumed", domid)
+            return True
+        await self._resume(domid)
+        _log.warning("domain %d has suspended when nobody waited for it any more: resumed", domid)
+        return True
