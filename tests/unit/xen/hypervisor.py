@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from understudy_xen.libs import ShutdownReason, Xen, XenVersion
+from understudy_xen.libs import ShutdownReason, Stream, Xen, XenVersion
 from understudy_xen.libs.loading import Libraries, Library
 from understudy_xen.libs.toollog import ToolLog
 from understudy_xen.libs.versions import FACTS
@@ -49,6 +49,7 @@ class Domains(dict[int, Played]):
         super().__init__()
         self._graves = graves
         self.may_save = threading.Event()  #: a save of a domain waits for this before it asks for its suspend
+        self.memory = b"memory"  #: what libxc writes of a domain, each time
 
     def xen(self) -> Xen:
         functions: list[Callable[..., int]] = [
@@ -96,15 +97,24 @@ class Domains(dict[int, Played]):
         return 0
 
     def xc_domain_save(self, _handle: int, fd: int, domid: int, *rest: Any) -> int:
-        # A plain stream: what libxc writes is the word "memory".
-        _flags, callbacks, _stream, _recv_fd = rest
+        _flags, callbacks, stream, _recv_fd = rest
         self.may_save.wait(10)
-        if not callbacks._obj.suspend(None):
-            ctypes.set_errno(errno.EIO)
-            return -1
-        assert self[domid].shutdown is ShutdownReason.SUSPEND
-        os.write(fd, b"memory")
-        return 0
+        while True:
+            if not callbacks._obj.suspend(None):
+                ctypes.set_errno(errno.EIO)
+                return -1
+            assert self[domid].shutdown is ShutdownReason.SUSPEND
+            try:
+                os.write(fd, self.memory)
+            except OSError as broken:
+                ctypes.set_errno(broken.errno or 0)
+                return -1
+            if stream == Stream.PLAIN:
+                return 0
+            if not callbacks._obj.postcopy(None):
+                return -1
+            if not callbacks._obj.checkpoint(None):
+                return 0
 
 
 def _gone() -> int:

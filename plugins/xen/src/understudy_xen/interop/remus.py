@@ -24,10 +24,11 @@ from typing import Final
 from understudy.device import no_progress
 from understudy.errors import GuestNotFound, HypervisorError
 from understudy_xen import inventory, toolstack
+from understudy_xen.claim import claimed
 from understudy_xen.devicemodel import DeviceModel
 from understudy_xen.interop.ending import BACK_S, Outcome, standing, whole
-from understudy_xen.libs import DomainType, Stream, SuspendFailed, Xen, open_xen, save
-from understudy_xen.live import SUSPEND_S, LiveGuest
+from understudy_xen.libs import DomainType, Stream, SuspendFailed, Xen, open_xen, save_claimed
+from understudy_xen.live import LiveGuest
 from understudy_xen.loop import RemusLoop, Taken
 from understudy_xen.outlet import Blackhole, Outlet, ProgramOutlet
 from understudy_xen.primary import stream_head
@@ -40,7 +41,8 @@ __all__ = ["BANNER", "Fate", "RemusFigures", "run_remus"]
 #: What a stock receiver says first. Source: tools/xl/xl_migrate.c (migrate_receiver_banner).
 BANNER: Final = b"xl migration receiver ready, send binary domain data.\n"
 _BANNER_S: Final = 60.0  # ssh may ask for a key first
-_JOIN_S: Final = SUSPEND_S + 10.0
+_JOIN_S: Final = BACK_S  # a device model that does not answer may have libxc wait for most of it
+_LAST_S: Final = 60.0  # for the checkpoint that is under way when the command is interrupted
 _RECEIVER_S: Final = (
     60.0  # for the receiver's takeover, or the end of its copy; a hotplug script alone may take 40 s
 )
@@ -87,6 +89,7 @@ async def run_remus(
 
     Raises:
         GuestNotFound: There is no such domain.
+        ClaimTaken: It is being protected or saved already; nothing was done.
         HypervisorError: The receiver is gone, or the guest cannot be saved, or is gone itself.
 
     Guarantees:
@@ -100,12 +103,13 @@ async def run_remus(
             raise GuestNotFound(f"there is no domain {name} on this host")
         head = stream_head(await toolstack.configuration(domain.domid))
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
-        sender = _Sender(xen, LiveGuest(xen, domain.domid, model))
-        try:
-            await sender.begin(command, head, domain.info.pages)
-            await sender.checkpoints(interval_ms, count, tell)
-        finally:
-            await whole(sender.end(name, outcome))
+        with claimed(domain.domid):
+            sender = _Sender(xen, LiveGuest(xen, domain.domid, model, has_claim=True))
+            try:
+                await sender.begin(command, head, domain.info.pages)
+                await sender.checkpoints(interval_ms, count, tell)
+            finally:
+                await whole(sender.end(name, outcome))
 
 
 class _Sender:
@@ -123,9 +127,11 @@ class _Sender:
             raise HypervisorError(found)
 
     async def begin(self, command: list[str] | None, head: bytes, pages: int) -> None:
-        outlet = self._outlet = await asyncio.to_thread(_outlet, command)
+        outlet = self._outlet = Blackhole() if command is None else ProgramOutlet(command)
+        if isinstance(outlet, ProgramOutlet):
+            await _greeted(outlet)
         await asyncio.to_thread(outlet.write, head)
-        saving = partial(save, self._xen, self._live.domid, stream=Stream.REMUS)
+        saving = partial(save_claimed, self._xen, self._live.domid, stream=Stream.REMUS)
         self._loop = RemusLoop(self._live, outlet, saving, total_pages=pages, intact=self._intact)
         await self._loop.copy(None, no_progress)
 
@@ -138,8 +144,21 @@ class _Sender:
         # The first copy counts as a checkpoint: the guest runs for an interval after it, too.
         await asyncio.sleep(interval_s)
         pacing = loop.run(interval_s, count, None if tell is None else _Teller(tell).tell)
-        # Only between two checkpoints can the receiver be told anything.
-        await whole(pacing, cancelled=loop.rest)
+        late: list[asyncio.TimerHandle] = []
+
+        def leave() -> None:
+            # Only between two checkpoints can the receiver be told anything. One that does not read any more would
+            # keep the guest suspended.
+            loop.rest()
+            if not late:
+                why = f"the receiver has not taken the last checkpoint within {_LAST_S:g} s"
+                late.append(asyncio.get_running_loop().call_later(_LAST_S, loop.cut, why))
+
+        try:
+            await whole(pacing, cancelled=leave)
+        finally:
+            for timer in late:
+                timer.cancel()
 
     async def end(self, name: str, outcome: Outcome) -> None:
         outcome.said = f"{name} may be suspended; {Fate.UNKNOWN.value}"
@@ -202,16 +221,21 @@ class _Teller:
         self._before_ns = taken.acknowledged_ns
 
 
-def _outlet(command: list[str] | None) -> Outlet:
-    if command is None:
-        return Blackhole()
-    outlet = ProgramOutlet(command)
+async def _greeted(program: ProgramOutlet) -> None:
+    greeting = asyncio.ensure_future(asyncio.to_thread(_need_banner, program))
     try:
-        said = outlet.read_exactly(len(BANNER), _BANNER_S)
-        if said != BANNER:
-            raise HypervisorError(f"{command[0]!r} is no receiver of xl: it said {said!r}")
-    except BaseException:
-        outlet.cut("no receiver")
-        outlet.close()
+        await asyncio.shield(greeting)
+    except asyncio.CancelledError:
+        program.cut("interrupted")  # ssh may wait for a person
+        await asyncio.wait({greeting})
         raise
-    return outlet
+
+
+def _need_banner(program: ProgramOutlet) -> None:
+    try:
+        said = program.read_exactly(len(BANNER), _BANNER_S)
+        if said != BANNER:
+            raise HypervisorError(f"{program.command[0]!r} is no receiver of xl: it said {said!r}")
+    except BaseException:
+        program.cut("no receiver")
+        raise
