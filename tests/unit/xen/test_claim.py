@@ -68,3 +68,11 @@ def test_a_place_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     ):
         raise AssertionError
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_that_the_kernel_refuses_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(HypervisorError, match="domain -5 cannot be claimed in"),
+        claimed(-5, directory=tmp_path),
+    ):
+        raise AssertionError

@@ -59,6 +59,10 @@ def claimed(domid: int, *, directory: Path | None = None) -> Iterator[None]:
                 f"domain {domid} is being saved or protected by understudy already, which serves one at a time; "
                 "it is not touched"
             ) from None
+        except OSError as failed:
+            raise HypervisorError(
+                f"domain {domid} cannot be claimed in {directory}: {failed}; it is not touched"
+            ) from failed
         try:
             yield
         finally:
