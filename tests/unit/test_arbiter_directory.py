@@ -155,6 +155,18 @@ async def test_a_listing_without_the_newest_generations_is_completed_by_name(tmp
     assert Lacks(tmp_path, "web").read() == current
 
 
+async def test_a_directory_that_lacks_all_above_its_floor_is_no_arbiter(tmp_path: Path) -> None:
+    arbiter = DirectoryArbiter(tmp_path, keep=3)
+    _, current = await arbiter.swap(None, first())
+    for number in range(2, 17):
+        _, current = await arbiter.swap(current, following(current, attempt=str(number)))
+    for place in (tmp_path / "g-web").glob("*.json"):
+        place.unlink()
+    assert [place.name for place in (tmp_path / "g-web").iterdir()] == ["00000000000000000013.floor"]
+    with pytest.raises(ArbiterUnavailable, match="no generation was above the floor, 13"):
+        _Guest(tmp_path, "web").read()
+
+
 async def test_debris_is_ignored_and_old_debris_removed(tmp_path: Path) -> None:
     arbiter = DirectoryArbiter(tmp_path, keep=3)
     _, current = await arbiter.swap(None, first())

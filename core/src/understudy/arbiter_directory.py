@@ -215,7 +215,7 @@ class _Guest:
         return [path.name for path in self.path.iterdir()]
 
     def _now(self) -> _Now:
-        while True:
+        for _ in range(_LISTINGS):
             listing = self._listing()
             generation = max(listing.generations, default=0)
             data = self._load(generation) if generation else None
@@ -226,6 +226,10 @@ class _Guest:
             while (later := self._load(generation + 1)) is not None:
                 generation, data = generation + 1, later
             return _Now(generation, None if data is None else Record.from_json(data), listing.floor)
+        raise ArbiterUnavailable(
+            f"{self.path}: in {_LISTINGS} listings in a row no generation was above the floor, {listing.floor}, and "
+            "could be read: the newest always is, so files are missing"
+        )
 
     def _load(self, generation: int) -> Mapping[str, Any] | None:
         try:
