@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from understudy.arbiter import Record, RecordState, following
-from understudy.arbiter_directory import DirectoryArbiter, _Guest, understudy_arbiters
+from understudy.arbiter_directory import DirectoryArbiter, _Guest, _names_in, understudy_arbiters
 from understudy.errors import ArbiterError, ArbiterUnavailable, ConfigError
 
 LONG = os.environ.get("UNDERSTUDY_ROUNDS") == "long"
@@ -141,6 +141,44 @@ async def test_a_listing_that_ends_early_is_not_believed(tmp_path: Path) -> None
     guest.told[:] = [0] * 16
     with pytest.raises(ArbiterUnavailable, match="16 listings in a row"):
         guest.read()
+
+
+def test_a_listing_is_whole_or_fails(tmp_path: Path) -> None:
+    names = {f"{number:0200d}" for number in range(400)} | {
+        "\udcff\u00e4"
+    }  # more than one answer of the kernel
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "gone").mkdir()
+    for place, expected in ((tmp_path, names | {"gone"}), (tmp_path / "gone", set())):
+        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            assert set(_names_in(handle)) == expected
+        finally:
+            os.close(handle)
+    handle = os.open(tmp_path / "gone", os.O_RDONLY | os.O_DIRECTORY)
+    (tmp_path / "gone").rmdir()
+    try:
+        assert os.listdir(handle) == []  # noqa: PTH208 - the C library takes ENOENT for the end
+        with pytest.raises(FileNotFoundError):
+            _names_in(handle)
+    finally:
+        os.close(handle)
+
+
+async def test_a_listing_that_the_kernel_gives_up_is_not_believed(tmp_path: Path) -> None:
+    arbiter = DirectoryArbiter(tmp_path)
+    _, current = await arbiter.swap(None, first())
+    failures = [FileNotFoundError()] * 3
+
+    class GivesUp(_Guest):
+        def _names(self) -> list[str]:
+            if failures:
+                raise failures.pop()
+            return super()._names()
+
+    assert GivesUp(tmp_path, "web").read() == current
+    assert [place.name for place in (tmp_path / "g-web").iterdir()] == ["00000000000000000001.json"]
 
 
 async def test_a_listing_without_the_newest_generations_is_completed_by_name(tmp_path: Path) -> None:
