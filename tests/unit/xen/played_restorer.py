@@ -7,7 +7,8 @@ It reads its stream to the end and says that it has made domain 8; or, by its be
 * ``makes-slowly``: takes its time to make the domain when its stream has ended;
 * ``lingers``: takes its time for each command, and for its end;
 * ``stuck``: cannot let a domain run;
-* ``leaves``: as without, but a process that it has started keeps its standard error open.
+* ``leaves``: as without, but a process that it has started keeps its standard error open;
+* ``breeds``: likewise, but the process is in its group.
 
 A command to rename a domain that is called ``die`` ends it.
 """
@@ -31,8 +32,8 @@ def main() -> None:
         lines.write(json.dumps(facts) + "\n")
         lines.flush()
 
-    if behaviour == "leaves":
-        subprocess.Popen(["sleep", "20"], start_new_session=True)
+    if behaviour in {"leaves", "breeds"}:
+        subprocess.Popen(["sleep", "20"], start_new_session=behaviour == "leaves")
     tell(event="ready")
     for line in lines:
         command = json.loads(line)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -39,6 +40,24 @@ async def test_the_last_words_are_told_of_one_that_leaves_a_process(
         with pytest.raises(RestorerLost, match="exit status 3; its last words: libxl: assertion failed"):
             await restorer.rename(8, "die", "now")
         assert time.monotonic() - begun < SOON_S
+
+
+async def test_what_it_has_started_ends_with_it_and_its_number_is_not_used_later(
+    restorer_is: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restorer_is("breeds")
+    restorer = await Restorer.start()
+    with pytest.raises(RestorerLost):
+        await restorer.rename(8, "die", "now")
+    async with asyncio.timeout(SOON_S):
+        with suppress(ProcessLookupError):
+            while True:
+                os.killpg(restorer.pid, 0)
+                await asyncio.sleep(0.01)
+    asked: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: asked.append(group))
+    await restorer.kill()
+    assert not asked  # by now it may be the number of another group
 
 
 async def test_libxls_failure_and_its_words(restorer_is: Callable[[str], None]) -> None:

@@ -61,6 +61,7 @@ class Restorer:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._tasks: list[asyncio.Task[None]] = []
+        self._group_ended = False
         self.on_progress: Progress | None = None  #: told what libxl is doing, done, total
 
     @classmethod
@@ -195,8 +196,7 @@ class Restorer:
             Afterwards every call on it has failed, and it does nothing any more. A domain that it was making is still
             there, paused, with its part of xenstore.
         """
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._end_group()
         try:
             async with asyncio.timeout(KILL_S):
                 await self._process.wait()
@@ -212,6 +212,13 @@ class Restorer:
                 self._writer.close()
             else:
                 self._control.close()
+
+    def _end_group(self) -> None:
+        # Once the process is collected its number, which is the group's, may soon be somebody else's.
+        if not self._group_ended:
+            self._group_ended = self._process.returncode is not None
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _call(self, do: str, timeout_s: float | None, **arguments: Any) -> Any:
         if self._writer is None or self._writer.is_closing() or self._process.returncode is not None:
@@ -242,6 +249,7 @@ class Restorer:
         with suppress(TimeoutError):
             async with asyncio.timeout(KILL_S):
                 await self._process.wait()
+                self._end_group()
         await asyncio.wait({collecting}, timeout=_WORDS_S)
         self._lose("it has ended")
 
