@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from tests.unit.xen.hypervisor import Domains, Played
 from tests.unit.xen.link import stream
 from tests.unit.xen.xenstored import Xenstored
-from understudy.errors import HypervisorError
+from understudy.errors import HypervisorError, StateError
 from understudy_xen import copies
 from understudy_xen.claim import ClaimTaken, claimed
 from understudy_xen.hypervisor import XenHypervisor
@@ -29,6 +30,7 @@ from understudy_xen.interop.ending import Outcome, whole
 from understudy_xen.interop.receive import promote, receive
 from understudy_xen.interop.saving import save_to
 from understudy_xen.libs import LibxlFailed
+from understudy_xen.savers import restored_by
 from understudy_xen.streams.writer import preamble
 
 CONTROL = "/local/domain/{}/control/shutdown"
@@ -253,6 +255,27 @@ async def test_a_promotion_that_has_begun_is_not_interrupted(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert outcome == Outcome("web runs (domain 8)", good=True)
+
+
+async def test_a_copy_of_an_agents_is_not_promoted_without_its_record(copy: Played) -> None:
+    await copies.note("web", copy.uuid)
+    with pytest.raises(StateError, match="an agent of this host has made web--incoming"):
+        await promote("web", Outcome(), reason="a test")
+    assert copy.pauses == 1
+
+
+async def test_a_copy_that_is_still_being_received_is_not_promoted(
+    copy: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = tmp_path / "proc" / "4711"
+    helper.mkdir(parents=True)
+    (helper / "cmdline").write_bytes(
+        b"/usr/lib/xen-4.17/bin/libxl-save-helper\0--restore-domain\x008\x009\x008\0"
+    )
+    monkeypatch.setattr(receive_module, "restored_by", partial(restored_by, proc=helper.parent))
+    with pytest.raises(StateError, match=r"is still being received \(libxl-save-helper, pid 4711\)"):
+        await promote("web", Outcome(), reason="a test")
+    assert copy.pauses == 1
 
 
 async def test_a_promotion_that_fails_half_way_tells_how_far_it_came(

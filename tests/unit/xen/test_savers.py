@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from understudy_xen.execs import Execs
-from understudy_xen.savers import Savers, helper_directories, saves
+from understudy_xen.savers import Savers, helper_directories, restored_by, saved_by, saves
 
 HELPER = "/usr/lib/xen-4.17/bin/libxl-save-helper"
 
@@ -34,6 +34,14 @@ def _line(*words: str) -> bytes:
 )
 def test_a_command_line_is_told(words: tuple[str, ...], expected: bool) -> None:
     assert saves(_line(*words), 7) is expected
+
+
+def test_who_works_on_a_domain_is_found_by_what_he_does(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    _look_like(tmp_path, 5, HELPER, "--restore-domain", "8", "9", "7", "1", "0")
+    _place(tmp_path, 6, 8)
+    assert [restored_by(domid, proc=tmp_path) for domid in (7, 8)] == [5, 0]
+    assert [saved_by(domid, proc=tmp_path) for domid in (7, 8)] == [0, 6]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ from typing import Final
 
 from understudy_xen.execs import Execs
 
-__all__ = ["Savers", "helper_directories", "saved_by", "saves"]
+__all__ = ["Savers", "helper_directories", "restored_by", "saved_by", "saves"]
 
 _log = logging.getLogger(__name__)
 
 _HELPER: Final = b"libxl-save-helper"
 _SAVE: Final = b"--save-domain"
+_RESTORE: Final = b"--restore-domain"
 _PROC: Final = Path("/proc")
 
 #: Xen's private programs. Source: config/Paths.mk.in (LIBEXEC_BIN); Debian has a directory for each version of Xen.
@@ -49,20 +50,36 @@ def saves(command: bytes, domid: int) -> bool:
 
     Source: tools/libs/light/libxl_save_callout.c (libxl__xc_domain_save): ``--save-domain FD FD DOMID …``.
     """
-    match command.split(b"\0"):
-        case [program, what, _, _, number, *_]:
-            is_helper = program.rpartition(b"/")[2] == _HELPER and what == _SAVE
-            return is_helper and number == str(domid).encode()
-    return False
+    return _does(command, _SAVE, domid)
 
 
 def saved_by(domid: int, *, proc: Path = _PROC) -> int:
     """Return the number of a helper that saves a domain now, 0 if there is none."""
+    return _at_work(_SAVE, domid, proc)
+
+
+def restored_by(domid: int, *, proc: Path = _PROC) -> int:
+    """Return the number of a helper that fills a domain from a stream now, 0 if there is none.
+
+    Source: tools/libs/light/libxl_save_callout.c (libxl__xc_domain_restore): ``--restore-domain FD FD DOMID …``.
+    """
+    return _at_work(_RESTORE, domid, proc)
+
+
+def _at_work(what: bytes, domid: int, proc: Path) -> int:
     for pid in _processes(proc):
         with suppress(OSError):
-            if saves((proc / str(pid) / "cmdline").read_bytes(), domid):
+            if _does((proc / str(pid) / "cmdline").read_bytes(), what, domid):
                 return pid
     return 0
+
+
+def _does(command: bytes, what: bytes, domid: int) -> bool:
+    match command.split(b"\0"):
+        case [program, asked, _, _, number, *_]:
+            is_helper = program.rpartition(b"/")[2] == _HELPER and asked == what
+            return is_helper and number == str(domid).encode()
+    return False
 
 
 def helper_directories(root: Path = Path("/")) -> list[Path]:
@@ -238,10 +255,8 @@ def _execs(directories: list[Path]) -> Execs | None:
     return None
 
 
-def _processes(proc: Path) -> Iterator[int]:
-    for entry in os.scandir(proc):
-        if entry.name.isdecimal():
-            yield int(entry.name)
+def _processes(proc: Path) -> list[int]:
+    return [int(place.name) for place in proc.iterdir() if place.name.isdecimal()]
 
 
 def _has_ended(process: int) -> bool:

@@ -30,6 +30,7 @@ from understudy_xen.inventory import Domain
 from understudy_xen.libs import open_xen
 from understudy_xen.receiver import Receiver
 from understudy_xen.restorer.client import Restorer, once
+from understudy_xen.savers import restored_by
 from understudy_xen.wire import Coding, Hello
 from understudy_xen.xenstore import XenStore
 
@@ -220,7 +221,7 @@ async def promote(name: str, outcome: Outcome, *, reason: str) -> int:
 
     Raises:
         GuestNotFound: There is no copy of it here.
-        StateError: The guest itself runs here.
+        StateError: The guest itself runs here, or the copy is an agent's, or is not whole yet.
 
     Guarantees:
         What has begun is brought to its end, also if the caller is cancelled.
@@ -233,6 +234,15 @@ async def promote(name: str, outcome: Outcome, *, reason: str) -> int:
             raise GuestNotFound(f"there is no copy {name}{INCOMING} on this host")
         if guest is not None:
             raise StateError(f"{name} itself is on this host (domain {guest.domid}); nothing was changed")
+        if copy.uuid in await copies.noted(name):
+            raise StateError(
+                f"an agent of this host has made {copy.name}, and the guest's record says who may go on with it: see "
+                f"understudy status {name}; nothing was changed"
+            )
+        if helper := restored_by(copy.domid):
+            raise StateError(
+                f"{copy.name} is still being received (libxl-save-helper, pid {helper}); nothing was changed"
+            )
     _log.warning("%s is promoted by force, without a record: %s", copy.name, reason)
     await whole(_let_run(copy, name, outcome))
     return copy.domid
