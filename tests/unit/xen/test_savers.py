@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -181,6 +183,39 @@ def test_what_does_no_harm_is_not_told(helper: Path, savers: Savers, told: list[
             process.wait(10)
     assert savers.look() == ""  # that they ended is nothing new
     assert not told
+
+
+@told_by_the_kernel
+def test_one_that_the_kernel_cannot_tell_of_is_taken_for_one_of_the_domain(
+    helper: Path, savers: Savers, told: list[str]
+) -> None:
+    assert savers.look() == ""
+    subprocess.run([helper, "0"], check=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        found = savers.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "the kernel could not tell of a libxl-save-helper" in found
+    assert (savers.look(), told) == (found, [found])
+
+
+@told_by_the_kernel
+def test_each_one_is_told_also_if_hardly_a_file_may_be_opened_any_more(helper: Path) -> None:
+    execs = Execs(helper.name, [helper.parent])
+    begun = [subprocess.Popen([helper, "0"]) for _ in range(3)]
+    for process in begun:
+        process.wait(10)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = os.dup(0)  # the lowest number that is free
+    os.close(room)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (room + 1, limits[1]))
+    try:
+        assert sorted(execs.begun()) == sorted(process.pid for process in begun)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        execs.close()
 
 
 @told_by_the_kernel

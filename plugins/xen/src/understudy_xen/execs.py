@@ -5,7 +5,7 @@ is woken for them. The directory is watched, not the file, because a package tha
 place.
 
 Source: fanotify_init(2), fanotify_mark(2), fanotify(7); Linux 6.1 include/uapi/linux/fanotify.h and fs/exec.c
-(do_open_execat).
+(do_open_execat), fs/notify/fanotify/fanotify_user.c (fanotify_read).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -28,7 +28,6 @@ _MARK_ADD: Final = 0x01
 _OPEN_EXEC: Final = 0x1000
 _ON_CHILD: Final = 0x08000000
 _EVENT: Final = struct.Struct("=IBBHQii")  # event_len, vers, reserved, metadata_len, mask, fd, pid
-_READ_BYTES: Final = 4096
 _AT_FDCWD: Final = -100
 
 
@@ -67,23 +66,24 @@ class Execs:
         """Return the file descriptor that is readable when there is something to tell."""
         return self._fd
 
-    def begun(self) -> list[int]:
-        """Return the processes that have begun to execute the program since the last call, without waiting.
+    def begun(self) -> Iterator[int]:
+        """Yield the processes that have begun to execute the program since the last call, without waiting.
 
         One may not have got as far as to look like it yet; or it may have ended already, or have failed to execute it.
+        0 stands for one that this process cannot see.
+
+        Raises:
+            OSError: The kernel could not tell of one, e.g. because no more files may be open, and has forgotten it.
         """
-        pids: list[int] = []
         while True:
+            # One at a time: behind another one, what the kernel cannot tell of is forgotten without a word.
             try:
-                events = os.read(self._fd, _READ_BYTES)
+                event = os.read(self._fd, _EVENT.size)
             except BlockingIOError:
-                return pids
-            at = 0
-            while at < len(events):
-                length, _, _, _, _, fd, pid = _EVENT.unpack_from(events, at)
-                at += length
-                if fd >= 0 and self._is_program(fd):
-                    pids.append(pid)
+                return
+            *_, fd, pid = _EVENT.unpack(event)
+            if fd < 0 or self._is_program(fd):
+                yield pid
 
     def close(self) -> None:
         """Be told no more. Idempotent."""

@@ -147,8 +147,14 @@ class Savers:
             if self._closed:
                 return self.found
             if self._execs is not None:
-                for pid in self._execs.begun():
-                    self._take(pid)
+                try:
+                    for pid in self._execs.begun():
+                        self._take(pid)
+                except OSError as error:
+                    self._tell(
+                        f"another toolstack may have begun to save domain {self._domid}: the kernel could not tell of "
+                        f"a libxl-save-helper ({error})"
+                    )
             if self._first or self._execs is None:
                 self._scan()
             if self._begun:
