@@ -7,7 +7,8 @@ import os
 import random
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -246,6 +247,26 @@ async def test_i7_libxl_ends_in_the_middle_of_a_checkpoint() -> None:
         assert side.receiver.cut() == 1
         with pytest.raises(HypervisorError, match="libxl did not take"):
             await side.receiver.hand_over(10)
+
+
+async def test_the_primary_hears_why_also_from_a_secondary_that_cuts_at_once() -> None:
+    made = stream(2, [0, 600])
+    async with secondary(limit_bytes=1000) as side:
+        side.receiver._tell_lost = lambda _: side.receiver.cut()
+        post = side.receiver._post
+
+        def slowly(call: Callable[..., object], *arguments: object) -> None:
+            post(call, *arguments)
+            time.sleep(0.05)  # the event loop is quicker than the thread that tells it
+
+        side.receiver._post = slowly  # type: ignore[method-assign]
+        await side.send(said(made.head + made.parts[0], Coding.PLAIN))
+        await side.copy()
+        with suppress(ConnectionError):
+            await side.send(made.parts[1])
+        (_, refusal) = await side.answers(2)
+        assert isinstance(refusal, Refusal)
+        assert "does not fit into hold_limit" in refusal.reason
 
 
 async def test_i4_one_whole_checkpoint_and_one_incoming() -> None:

@@ -265,9 +265,13 @@ class Receiver:
             refuses = True
             error = failed if isinstance(failed, UnderstudyError) else HypervisorError(f"no room: {failed!r}")
         self._incoming = bytearray()
+        # The primary first: who is told of it here may cut the stream at once, and nobody would hear why.
+        said = refuses and self._refuse(str(error))
         self._post(self._ended, error)
-        if refuses:
-            self._refuse(str(error))
+        if said:
+            # The primary may be in the middle of writing, and reads no answer before it is done. What it writes is
+            # thrown away for so long; else the end of the connection would be the first thing that it hears.
+            self._primary.drain(_DRAIN_S)
         with self._changed:  # `cut` uses it
             self._primary.close()
 
@@ -379,15 +383,13 @@ class Receiver:
         if not done():
             raise HypervisorError(f"libxl has not taken the checkpoint before within {_LIBXL_S:g} s")
 
-    def _refuse(self, reason: str) -> None:
-        # The primary may be in the middle of writing, and reads no answer before it is done. What it writes is thrown
-        # away for so long; else the end of the connection would be the first thing that it hears.
+    def _refuse(self, reason: str) -> bool:
         _log.warning("the stream is refused: %s", reason)
         with suppress(ConnectionGone), self._changed:
-            if self._cut:
-                return
-            self._primary.send(Refusal(reason).encode())
-        self._primary.drain(_DRAIN_S)
+            if not self._cut:
+                self._primary.send(Refusal(reason).encode())
+                return True
+        return False
 
     # --- The thread that gives ---------------------------------------------------------------------------------------
 
