@@ -252,13 +252,16 @@ async def test_i7_libxl_ends_in_the_middle_of_a_checkpoint() -> None:
 async def test_the_primary_hears_why_also_from_a_secondary_that_cuts_at_once() -> None:
     made = stream(2, [0, 600])
     async with secondary(limit_bytes=1000) as side:
-        side.receiver._tell_lost = lambda _: side.receiver.cut()
         post = side.receiver._post
+
+        def cuts(_why: str) -> None:
+            side.receiver.cut()
 
         def slowly(call: Callable[..., object], *arguments: object) -> None:
             post(call, *arguments)
             time.sleep(0.05)  # the event loop is quicker than the thread that tells it
 
+        side.receiver._tell_lost = cuts
         side.receiver._post = slowly  # type: ignore[method-assign]
         await side.send(said(made.head + made.parts[0], Coding.PLAIN))
         await side.copy()
