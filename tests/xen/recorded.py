@@ -229,7 +229,7 @@ async def _record(path: Path, config: Path, guest: Counting) -> None:
             outlet = _File(path)
             # It has no driver that could be asked to suspend.
             model = DeviceModel(domain.domid) if guest.emulated else None
-            live = LiveGuest(xen, domain.domid, model, way=Way.OUTSIDE)
+            live = await LiveGuest.open(xen, domain.domid, model, way=Way.OUTSIDE)
             try:
                 outlet.write(head)
                 loop = RemusLoop(live, outlet, partial(save, xen, domain.domid, stream=Stream.REMUS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.xen.hypervisor import Domains, Played
+from tests.unit.xen.link import descriptors
 from tests.unit.xen.xenstored import Xenstored
 from understudy.arbiter import Record, RecordState
 from understudy_xen import late as late_module
@@ -42,7 +44,7 @@ def guest(domains: Domains, store: Xenstored) -> Played:
 
 @pytest.fixture
 async def live(domains: Domains, guest: Played) -> AsyncIterator[LiveGuest]:
-    live = LiveGuest(domains.xen(), 7, None)
+    live = await LiveGuest.open(domains.xen(), 7, None)
     yield live
     live.close()
 
@@ -140,7 +142,7 @@ async def test_a_session_that_ends_leaves_it_to_be_looked_after(
     await asyncio.sleep(0.15)
     assert guest.resumed == 0  # it is the session's
     guest.shutdown = None
-    live = primary._live = LiveGuest(hypervisor.xen, 7, None)
+    live = primary._live = await LiveGuest.open(hypervisor.xen, 7, None)
     taking = asyncio.ensure_future(taken_up(store))
     with pytest.raises(SuspendFailed):
         await asyncio.to_thread(live.suspend)
@@ -199,6 +201,26 @@ async def test_a_guest_that_offers_an_event_channel_is_resumed_without_it(
     guest.suspend()
     await hypervisor.resume(7)
     assert guest.resumed == 1
+
+
+async def test_a_xenstored_that_does_not_answer_holds_up_nobody_else(
+    hypervisor: XenHypervisor, guest: Played, store: Xenstored
+) -> None:
+    store.place.unlink()
+    before = descriptors()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(store.place))
+        silent.listen()
+        began_s = time.monotonic()
+        resuming = [asyncio.create_task(hypervisor.resume(7)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        resuming[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await resuming[0]
+        assert time.monotonic() - began_s < 2.5  # a request has 5 s
+    with pytest.raises(XenStoreLost):
+        await resuming[1]
+    await until(lambda: descriptors() <= before)
 
 
 async def test_after_it_was_called_off_nothing_is_done(hypervisor: XenHypervisor, guest: Played) -> None:

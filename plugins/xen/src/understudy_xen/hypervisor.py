@@ -246,7 +246,7 @@ class XenHypervisor(Hypervisor):
             return
         model = DeviceModel(domid) if info.kind is DomainType.HVM else None
         # It is not to be asked for anything: whoever has its suspend event channel may keep that.
-        live = LiveGuest(self.xen, domid, model, way=Way.XENSTORE)
+        live = await LiveGuest.open(self.xen, domid, model, way=Way.XENSTORE)
         try:
             await asyncio.to_thread(live.bring_back, 0)
         finally:

@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Coroutine
 from contextlib import nullcontext
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from understudy_xen.claim import claimed
 from understudy_xen.devicemodel import DeviceModel
@@ -38,37 +38,58 @@ SUSPEND_S: Final = 10.0  #: for the guest to suspend; what it does not do by the
 
 
 class LiveGuest:
-    """The guest of one domain.
+    """The guest of one domain; make one with `open`.
 
     Args:
         xen: The hypervisor.
-        domid: Its domain.
+        suspender: Of the guest; closed with this.
         model: Its device model, ``None`` for a guest without one.
-        way: How it is asked to suspend; ``None`` for the best that it offers.
         has_claim: Whoever made this has the claim on it, for as long as this is used.
-
-    Raises:
-        DomainGone: There is no such domain.
     """
 
     def __init__(
-        self,
+        self, xen: Xen, suspender: Suspender, model: DeviceModel | None, *, has_claim: bool = False
+    ) -> None:
+        self.domid = suspender.domid
+        self._xen = xen
+        self._suspender = suspender
+        self._model = model
+        self._has_claim = has_claim
+        self._loop = asyncio.get_running_loop()
+        self._context: EmulatorContext | None = None
+        self._keys: EmulatorXenstoreData | None = None
+        self._asked = False  # and neither seen suspended nor was that taken back
+
+    @classmethod
+    async def open(
+        cls,
         xen: Xen,
         domid: int,
         model: DeviceModel | None,
         *,
         way: Way | None = None,
         has_claim: bool = False,
-    ) -> None:
-        self.domid = domid
-        self._has_claim = has_claim
-        self._model = model
-        self._loop = asyncio.get_running_loop()
-        self._suspender = Suspender(xen, domid, way=way)
-        self._context: EmulatorContext | None = None
-        self._keys: EmulatorXenstoreData | None = None
-        self._asked = False  # and neither seen suspended nor was that taken back
-        self._xen = xen
+    ) -> Self:
+        """Connect to xenstored for a guest, in a thread: it may take its time.
+
+        Args:
+            xen: The hypervisor.
+            domid: Of the guest.
+            model: As above.
+            way: How it is asked to suspend; ``None`` for the best that it offers.
+            has_claim: As above.
+
+        Raises:
+            DomainGone: There is no such domain.
+            HypervisorError: It cannot be asked to suspend that way, or no xenstored answers.
+        """
+        opening = asyncio.ensure_future(asyncio.to_thread(Suspender, xen, domid, way=way))
+        try:
+            suspender = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close)
+            raise
+        return cls(xen, suspender, model, has_claim=has_claim)
 
     @property
     def way(self) -> Way:
@@ -179,6 +200,11 @@ class LiveGuest:
 
     def _in_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _close(opened: asyncio.Future[Suspender]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
 
 
 async def _capture(model: DeviceModel) -> bytes:

@@ -126,7 +126,7 @@ class XenPrimary(PrimaryDomain):
 
     async def _begin(self, outlet: Outlet) -> RemusLoop:
         parts = self._parts
-        live = self._live = LiveGuest(parts.xen, parts.domid, parts.model, way=parts.way)
+        live = self._live = await LiveGuest.open(parts.xen, parts.domid, parts.model, way=parts.way)
         _log.info("domain %d is asked to suspend by %s", parts.domid, live.way.value)
         saving = partial(save, parts.xen, parts.domid, stream=Stream.REMUS)
         return RemusLoop(live, outlet, saving, total_pages=parts.pages, intact=self._watch.intact)

@@ -104,7 +104,7 @@ async def run_remus(
         head = stream_head(await toolstack.configuration(domain.domid))
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
         with claimed(domain.domid):
-            sender = _Sender(xen, LiveGuest(xen, domain.domid, model, has_claim=True))
+            sender = _Sender(xen, await LiveGuest.open(xen, domain.domid, model, has_claim=True))
             try:
                 await sender.begin(command, head, domain.info.pages)
                 await sender.checkpoints(interval_ms, count, tell)

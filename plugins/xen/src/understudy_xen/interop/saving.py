@@ -65,7 +65,7 @@ async def save_to(name: str, file: Path, outcome: Outcome, *, keep: bool) -> int
         model = DeviceModel(domain.domid) if domain.kind is DomainType.HVM else None
         # To the end: let go by somebody else while its file goes to the disk, it would be destroyed after it ran on.
         with claimed(domain.domid):
-            live = LiveGuest(xen, domain.domid, model, has_claim=True)
+            live = await LiveGuest.open(xen, domain.domid, model, has_claim=True)
             work = _Work(xen, live, name, file, outcome)
             saving = _Saving(live, keep=keep)
             writing = asyncio.ensure_future(asyncio.to_thread(_write, xen, saving, work.draft, head))
