@@ -226,7 +226,7 @@ def test_a_guest_that_does_not_take_up_the_request_runs_on(xen: Xen, web: int) -
     try:
         with Suspender(xen, web) as suspender, pytest.raises(SuspendFailed) as caught:
             suspender.suspend(timeout_s=0.3)
-        assert caught.value.failure is SuspendFailure.UNANSWERED
+        assert caught.value.failure is SuspendFailure.PAUSED
         with BlockingStore() as store:
             assert not store.read(f"/local/domain/{web}/control/shutdown")  # withdrawn
     finally:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from understudy_xen.xenstore import (
     XenStoreLost,
     XenStoreSilent,
 )
+from understudy_xen.xenstore.errors import XenStoreBusy
 from understudy_xen.xenstore.wire import Op
 
 HEADER = struct.Struct("=IIII")
@@ -31,7 +32,7 @@ class Peer:
         self.place = place
         self.listening = socket.socket(socket.AF_UNIX)
         self.listening.bind(str(place))
-        self.listening.listen()
+        self.listening.listen(1)  # as xenstored's own
         self.listening.setblocking(False)
         self.end: socket.socket | None = None
 
@@ -72,6 +73,65 @@ async def store(peer: Peer) -> AsyncIterator[XenStore]:
     async with await XenStore.open(peer.place, deadline_s=5) as store:
         await peer.taken()
         yield store
+
+
+@pytest.fixture
+def crowd(peer: Peer) -> Iterator[list[socket.socket]]:
+    """As many connections as a xenstored that stands still has room for."""
+    waiting: list[socket.socket] = []
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        waiting.append(sock)
+        try:
+            sock.connect(str(peer.place))
+        except BlockingIOError:
+            break
+    yield waiting
+    for sock in waiting:
+        sock.close()
+
+
+async def test_a_xenstored_that_stands_still_holds_nobody_up(peer: Peer, crowd: list[socket.socket]) -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.01)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    with pytest.raises(XenStoreBusy, match="does not take a connection at"):
+        await XenStore.open(peer.place, deadline_s=0.3)
+    counting.cancel()
+    assert turns > 5
+    with pytest.raises(XenStoreBusy):
+        await asyncio.to_thread(BlockingStore, peer.place, deadline_s=0.1)
+    assert crowd
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_it_is_asked_again_for_a_connection(
+    peer: Peer, crowd: list[socket.socket], blocking: bool
+) -> None:
+    opening: asyncio.Future[BlockingStore | XenStore] = asyncio.ensure_future(
+        asyncio.to_thread(BlockingStore, peer.place) if blocking else XenStore.open(peer.place)
+    )
+    await asyncio.sleep(0.05)
+    assert not opening.done()
+    while crowd:
+        peer.listening.accept()[0].close()
+        crowd.pop().close()
+        if opening.done():
+            break
+        await asyncio.sleep(0.05)
+    store = await asyncio.wait_for(opening, 5)
+    if isinstance(store, XenStore):
+        await store.close()
+    else:
+        assert isinstance(store, BlockingStore)
+        store.close()
 
 
 async def test_nobody_there_is_told_with_what_was_tried(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ class SuspendFailure(Enum):
     """Why a guest that was asked to suspend did not."""
 
     UNANSWERED = "it did not take up the request, which was withdrawn; it runs"
+    PAUSED = (
+        "it is paused, by an administrator or a toolstack, and did not see the request, which was withdrawn"
+    )
     TIMEOUT = "it took up the request and had not suspended at the deadline; it may suspend any time"
     SHUTDOWN = "it shut down by itself meanwhile"
     GONE = "it was destroyed meanwhile"

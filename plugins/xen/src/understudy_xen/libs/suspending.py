@@ -274,8 +274,12 @@ class Suspender:
             self._store.wait(left)
 
     def _give_up(self) -> None:
-        if self.way is Way.XENSTORE and withdraw(self._store, self.domid):
-            raise SuspendFailed(self.domid, SuspendFailure.UNANSWERED)
+        withdrawn = self.way is Way.XENSTORE and withdraw(self._store, self.domid)
+        info = self._xen.domain(self.domid)
+        is_paused = info is not None and info.paused
+        if withdrawn:
+            failure = SuspendFailure.PAUSED if is_paused else SuspendFailure.UNANSWERED
+            raise SuspendFailed(self.domid, failure)
         # It may have done so between the last look and now.
         if self._xen.shutdown_reason(self.domid) is not ShutdownReason.SUSPEND:
-            raise SuspendFailed(self.domid, SuspendFailure.TIMEOUT)
+            raise SuspendFailed(self.domid, SuspendFailure.TIMEOUT, "it is paused" if is_paused else "")

@@ -16,8 +16,14 @@ from typing import Self, TypeVar
 
 from understudy_xen.xenstore import asking
 from understudy_xen.xenstore.asking import Request
-from understudy_xen.xenstore.connection import open_way
-from understudy_xen.xenstore.errors import XenStoreLost, XenStoreMissing, XenStoreSilent, refusal
+from understudy_xen.xenstore.connection import BUSY_S, Way, open_way
+from understudy_xen.xenstore.errors import (
+    XenStoreBusy,
+    XenStoreLost,
+    XenStoreMissing,
+    XenStoreSilent,
+    refusal,
+)
 from understudy_xen.xenstore.wire import Decoder, Message, Op, encode, text_of
 
 __all__ = ["BlockingStore"]
@@ -31,9 +37,10 @@ class BlockingStore:
 
     Args:
         place: Its socket, or the kernel's device; ``None`` for whichever is there.
-        deadline_s: For each request, seconds.
+        deadline_s: For the connection and for each request, seconds.
 
     Raises:
+        XenStoreBusy: Xenstored takes no connection.
         XenStoreLost: None can be reached.
 
     Guarantees:
@@ -42,13 +49,23 @@ class BlockingStore:
 
     def __init__(self, place: Path | None = None, *, deadline_s: float = 5.0) -> None:
         self.deadline_s = deadline_s
-        way = open_way(place)
+        way = self._way(place)
         self._fd, self.place, self._payload_max = way.fd, way.place, way.payload_max
         self._incoming = select.poll()
         self._incoming.register(self._fd, select.POLLIN)
         self._decoder = Decoder()
         self._req_id = 0
         self._told = False
+
+    def _way(self, place: Path | None) -> Way:
+        until = time.monotonic() + self.deadline_s
+        while True:
+            try:
+                return open_way(place)
+            except XenStoreBusy:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(BUSY_S)
 
     def close(self) -> None:
         """Close the connection."""

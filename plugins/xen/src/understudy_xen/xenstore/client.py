@@ -22,8 +22,9 @@ from typing import Any, Final, Self, TypeVar
 
 from understudy_xen.xenstore import asking
 from understudy_xen.xenstore.asking import Permission, Request
-from understudy_xen.xenstore.connection import Connection, Way, open_way
+from understudy_xen.xenstore.connection import BUSY_S, Connection, Way, open_way
 from understudy_xen.xenstore.errors import (
+    XenStoreBusy,
     XenStoreConflict,
     XenStoreError,
     XenStoreLost,
@@ -175,12 +176,23 @@ class XenStore(_Database):
 
         Args:
             place: Its socket, or the kernel's device; ``None`` for whichever is there.
-            deadline_s: For each request, seconds.
+            deadline_s: For the connection and for each request, seconds.
 
         Raises:
+            XenStoreBusy: It takes no connection.
             XenStoreLost: None can be reached; with what was tried.
         """
-        return cls(open_way(place), deadline_s=deadline_s)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + deadline_s
+        while True:
+            try:
+                way = open_way(place)
+            except XenStoreBusy:
+                if loop.time() >= until:
+                    raise
+                await asyncio.sleep(BUSY_S)
+            else:
+                return cls(way, deadline_s=deadline_s)
 
     @property
     def lost(self) -> XenStoreLost | None:

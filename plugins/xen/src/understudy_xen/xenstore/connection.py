@@ -20,13 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy_xen.xenstore.errors import XenStoreGarbage, XenStoreLost
+from understudy_xen.xenstore.errors import XenStoreBusy, XenStoreGarbage, XenStoreLost
 from understudy_xen.xenstore.wire import DEVICE_PAYLOAD_MAX, PAYLOAD_MAX, Decoder, Message
 
-__all__ = ["DEVICE", "PLACES", "Connection", "Way", "open_way"]
+__all__ = ["BUSY_S", "DEVICE", "PLACES", "Connection", "Way", "open_way"]
 
 DEVICE = Path("/dev/xen/xenbus")  #: the kernel's way, everywhere
 PLACES = (Path("/run/xenstored/socket"), Path("/var/run/xenstored/socket"), DEVICE)  #: in the order tried
+
+BUSY_S = 0.02  #: until it is worth trying again to be taken
 
 _READ_BYTES = 1 << 16
 
@@ -47,12 +49,18 @@ def open_way(place: Path | None) -> Way:
         place: A socket or the device; ``None`` tries `PLACES` in turn.
 
     Raises:
+        XenStoreBusy: Xenstored has no room for a connection now.
         XenStoreLost: There is none, or this process may not use it.
+
+    Guarantees:
+        It does not wait, also if xenstored stands still.
     """
     tried: list[str] = []
     for path in PLACES if place is None else (place,):
         try:
             return _open(path)
+        except BlockingIOError:
+            raise XenStoreBusy(f"xenstored does not take a connection at {path}") from None
         except OSError as error:
             tried.append(f"{path}: {error.strerror or error}")
     raise XenStoreLost(
@@ -65,8 +73,9 @@ def _open(path: Path) -> Way:
     if not stat.S_ISSOCK(path.stat().st_mode):
         return Way(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), path, DEVICE_PAYLOAD_MAX)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.connect(str(path))
+        # Those that it has not taken yet are few: with a full backlog a blocking connect(2) waits for ever.
         sock.setblocking(False)  # noqa: FBT003 - the standard library's signature
+        sock.connect(str(path))
         return Way(sock.detach(), path, PAYLOAD_MAX)
 
 

@@ -8,6 +8,7 @@
      |    +-- XenStoreConflict  EAGAIN: somebody else changed what the transaction touched
      +-- XenStoreLimit          a path, value or request that xenstored would not take; nothing was sent
      +-- XenStoreSilent         no answer before the deadline
+     |    +-- XenStoreBusy      not even a connection was taken
      +-- XenStoreLost           the connection is gone; nothing can be asked any more
           +-- XenStoreGarbage   what came is not the protocol; the connection was closed
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 from understudy.errors import HypervisorError
 
 __all__ = [
+    "XenStoreBusy",
     "XenStoreConflict",
     "XenStoreError",
     "XenStoreGarbage",
@@ -63,6 +65,10 @@ class XenStoreLimit(XenStoreError):
 
 class XenStoreSilent(XenStoreError):
     """Xenstored did not answer before the deadline; whether it carries the request out is not known."""
+
+
+class XenStoreBusy(XenStoreSilent):
+    """Xenstored has not taken a connection: it stands still, or many come at once."""
 
 
 class XenStoreLost(XenStoreError):
