@@ -145,6 +145,9 @@ class Xenstored:
             pass
         with self._lock:
             self._watches = [each for each in self._watches if each[0] is not client]
+            if client in self._clients:
+                self._clients.remove(client)
+            client.close()
 
     def _answer(self, client: socket.socket, asked: Message) -> None:
         op, payload = asked.op, b""

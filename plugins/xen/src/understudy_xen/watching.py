@@ -83,14 +83,15 @@ class DomainWatch:
 
     async def close(self) -> None:
         """End looking. Idempotent."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
         if (told := self._savers.fileno()) >= 0:
             self._loop.remove_reader(told)
         self._savers.close()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait(
+                {task}
+            )  # whatever it has ended with, it keeps nobody from letting go of the rest
 
     async def _look_after(self) -> None:
         while True:
