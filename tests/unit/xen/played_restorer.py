@@ -8,7 +8,9 @@ It reads its stream to the end and says that it has made domain 8; or, by its be
 * ``lingers``: takes its time for each command, and for its end;
 * ``stuck``: cannot let a domain run;
 * ``leaves``: as without, but a process that it has started keeps its standard error open;
-* ``breeds``: likewise, but the process is in its group.
+* ``breeds``: likewise, but the process is in its group;
+* ``fragile``: ends at a rename, if it has had a stream;
+* ``fragile-and-strict``: likewise, and refuses one otherwise.
 
 A command to rename a domain that is called ``die`` ends it.
 """
@@ -39,11 +41,14 @@ def main() -> None:
         command = json.loads(line)
         if behaviour == "lingers":
             time.sleep(0.2)
-        if command.get("old") == "die":
+        renames = command["do"] == "rename"
+        if command.get("old") == "die" or (behaviour.startswith("fragile") and stream and renames):
             os.write(2, b"libxl: assertion failed\n")
             os._exit(3)
         if command["do"] == "restore":
             tell(id=command["id"], **restored(behaviour, int(stream[0])))
+        elif behaviour == "fragile-and-strict" and renames:
+            tell(id=command["id"], failed=failure("libxl_domain_rename", "it has another name"))
         elif behaviour == "stuck" and command["do"] == "unpause":
             tell(id=command["id"], failed=failure("libxl_domain_unpause", "the device model is dead"))
         else:

@@ -120,3 +120,34 @@ async def test_a_copy_is_discarded_by_its_number_whatever_it_is_called_by_now(
     await secondary.discard()
     await secondary.close()
     assert [info.domid for info in hypervisor.xen.domains()] == [5]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "renamed"),
+    [("fragile", False), ("fragile-and-strict", True)],
+    ids=["not-renamed", "answer-lost"],
+)
+async def test_a_copy_gets_its_name_although_the_restorer_ends_before_it_says_so(
+    hypervisor: XenHypervisor,
+    config: XenConfig,
+    restorer_is: Callable[[str], None],
+    domains: Domains,
+    store: Xenstored,
+    behaviour: str,
+    renamed: bool,
+) -> None:
+    restorer_is(behaviour)
+    group = await DeviceGroup.open(FakeWorld({"disk0": {}}).setup(side=ReplicationMode.SECONDARY))
+    primary = Primary()
+    secondary = await hypervisor.secondary(config, {})
+    await secondary.launch(group)
+    await secondary.receive(cast("Channels", primary), group)
+    primary.hear(3)
+    primary.close()
+    await secondary.sever("a test")
+    domains[8] = Played(pauses=1)
+    store["/local/domain/8/name"] = "web" if renamed else "web--incoming"
+    await secondary.promote(group, WON)
+    await secondary.open_outlet(WON)
+    await secondary.close()
+    assert list(domains) == [8]

@@ -301,6 +301,10 @@ class XenHypervisor(Hypervisor):
                 if domain is not None and (domain.domid == domid or (copy and not domid)):
                     await self.discard(domain)
 
+        async def is_guest(domid: int) -> bool:
+            domain = await self.find(config)
+            return domain is not None and domain.domid == domid
+
         def is_paused(domid: int) -> bool:
             info = self.xen.domain(domid)
             return info is not None and info.paused
@@ -313,6 +317,7 @@ class XenHypervisor(Hypervisor):
             note=partial(copies.note, ours.name),
             forget=partial(copies.forget, ours.name),
             became_guest=self.mark,
+            is_guest=is_guest,
             is_paused=is_paused,
         )
         return XenSecondary(parts)

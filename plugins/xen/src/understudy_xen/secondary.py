@@ -28,7 +28,7 @@ from understudy.hypervisor import DomainEvent, DomainEventKind, SecondaryDomain
 from understudy.services import Channels, Services
 from understudy_xen.domainconfig import INCOMING, DomainConfig
 from understudy_xen.guestfile import XenConfig
-from understudy_xen.libs import RestorerLost
+from understudy_xen.libs import LibxlFailed, RestorerLost
 from understudy_xen.primary import CHANNEL
 from understudy_xen.receiver import Held, Receiver
 from understudy_xen.restorer.client import Restorer, once
@@ -51,7 +51,7 @@ class SecondaryParts:
     `check` raises if there is no place for a copy; `destroy` destroys the domain of a number if it is called like the
     copy or the guest, or, where that is 0, the domain that is called like the copy, and sees it gone; `destroy_unnamed`
     does so with what libxl had not named yet when it was killed; `note` and `forget` keep what a later agent has to
-    know of a copy; `is_paused` tells whether a domain is paused.
+    know of a copy; `is_guest` tells whether a domain has the guest's name, `is_paused` whether it is paused.
     """
 
     config: XenConfig
@@ -61,6 +61,7 @@ class SecondaryParts:
     note: Callable[[uuid.UUID], Awaitable[None]]
     forget: Callable[[], Awaitable[None]]
     became_guest: Callable[[int, Record], Awaitable[None]]
+    is_guest: Callable[[int], Awaitable[bool]]
     is_paused: Callable[[int], bool]
 
 
@@ -190,8 +191,9 @@ class XenSecondary(SecondaryDomain):
 
         Raises:
             StateError: The copy holds no checkpoint, or its stream is not severed.
-            ExceptionGroup: A device could not be stopped; the domain was not made.
-            HypervisorError: libxl did not make it; it has destroyed what there was.
+            ExceptionGroup: A device could not take in the last checkpoint, or be stopped; the domain was not made.
+            HypervisorError: libxl did not make it, and has destroyed what there was; or it is whole and paused, and
+                did not get the name. Then this may be asked again.
         """
         receiver, restorer, restoring = self._receiver, self._restorer, self._restoring
         if (
@@ -217,9 +219,21 @@ class XenSecondary(SecondaryDomain):
             raise HypervisorError(
                 f"libxl has not made the domain within {_MAKE_S:g} s after the stream"
             ) from None
-        name = self._parts.config.name
-        await restorer.rename(self._domid, f"{name}{INCOMING}", name)
+        await self._become_guest(restorer)
         self._promoted = True
+
+    async def _become_guest(self, restorer: Restorer) -> None:
+        domid, name = self._domid, self._parts.config.name
+        try:
+            await restorer.rename(domid, f"{name}{INCOMING}", name)
+        except (LibxlFailed, RestorerLost) as failed:
+            # It may be so already: the answer was lost, or this is asked again.
+            if await self._parts.is_guest(domid):
+                return
+            if isinstance(failed, LibxlFailed):
+                raise
+            async with once() as libxl:
+                await libxl.rename(domid, f"{name}{INCOMING}", name)
 
     async def open_outlet(self, won: Record) -> None:
         """Let the guest run: its interfaces are on their bridges since it was made, and its drivers announce it."""
