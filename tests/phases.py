@@ -1,8 +1,8 @@
 """The phases of ``make test``: what runs beside other tests, and what has the machine for itself.
 
-Most tests do not measure time, or have a kernel on a CPU of its own; a worker for each CPU runs them, always a whole
-module, because its tests share a kernel or a laboratory. Tests of two guests, which are slow enough already, are
-marked ``alone`` and run one at a time afterwards. Those in tests/xen come last, one at a time, too.
+Most tests do not measure time, or have a kernel or a Xen host on a CPU of its own; a worker for each CPU runs them,
+always a whole module, because its tests share a kernel or a laboratory. Tests of two guests, which are slow enough
+already, are marked ``alone`` and run one at a time afterwards. Those with two Xen hosts come last, one at a time, too.
 
 As a plugin of pytest this module marks the tests by where they stand, and runs one phase of them with ``--phase``.
 ``python -m tests.phases ARGUMENTS`` runs all phases, each with ARGUMENTS for pytest, and closes as one pytest does.
@@ -26,10 +26,38 @@ import pytest
 TESTS: Final = Path(__file__).parent
 
 #: What has the machine for itself: files and directories.
-ALONE: Final = ("qemu", "kernel")
+ALONE: Final = (
+    "qemu",
+    "kernel/test_drbd_crash.py",  # two kernels with guests in them need both CPUs
+    "kernel/test_drbd_stack.py",
+    "kernel/test_netbuffer_contract.py",  # deadlines of single steps
+    "kernel/test_netbuffer_limit.py",  # a controller must be quicker than a flood
+)
+
+#: What boots two Xen hosts.
+PAIRS: Final = tuple(
+    f"xen/test_{name}.py"
+    for name in ("bad_input", "bed_command", "bed_pair", "endings", "takeover", "takeover_hvm")
+)
 
 #: Of those that run beside others the modules that take longest, the longest first: none may begin as the last one.
-LONGEST: Final = ("hotplug/test_remus_netbuf_setup.py", "sim/test_walk.py", "unit/test_agent.py")
+LONGEST: Final = (
+    "xen/test_interop.py",
+    "xen/test_cuts.py",
+    "xen/test_binding.py",
+    "xen/test_vif_script.py",
+    "xen/test_binding_restorer.py",
+    "xen/test_xenstore.py",
+    "kernel/test_bed_plugin.py",
+    "kernel/test_guest_behind_plug.py",
+    "kernel/test_hotplug_scripts.py",
+    "kernel/test_netbuffer_claims.py",
+    "kernel/test_drbd_contract.py",
+    "kernel/test_drbd_checkpoints.py",
+    "hotplug/test_remus_netbuf_setup.py",
+    "sim/test_walk.py",
+    "unit/test_agent.py",
+)
 
 #: What pytest is told for each phase.
 PHASES: Final[dict[str, tuple[str, ...]]] = {
@@ -45,7 +73,7 @@ _REASON_CHARACTERS: Final = 500
 
 def phase_of(path: Path) -> str:
     """Return the phase of the tests in a file."""
-    if path.is_relative_to(TESTS / "xen"):
+    if any(path == TESTS / place for place in PAIRS):
         return "xen"
     return "alone" if any(path.is_relative_to(TESTS / place) for place in ALONE) else "beside"
 

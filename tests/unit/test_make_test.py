@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,26 @@ from tests import phases
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("place", [*phases.ALONE, *phases.LONGEST])
+@pytest.mark.parametrize("place", [*phases.ALONE, *phases.PAIRS, *phases.LONGEST])
 def test_places_are_there(place: str) -> None:
     assert (phases.TESTS / place).exists()
 
 
 def test_every_module_is_in_one_phase() -> None:
     assert {phases.phase_of(path) for path in phases.TESTS.rglob("test_*.py")} <= {*phases.PHASES}
-    assert phases.phase_of(phases.TESTS / "xen" / "test_domain.py") == "xen"
+    assert phases.phase_of(phases.TESTS / "xen" / "test_takeover.py") == "xen"
+    assert phases.phase_of(phases.TESTS / "xen" / "test_cuts.py") == "beside"
     assert phases.phase_of(phases.TESTS / "qemu" / "test_hosts.py") == "alone"
     assert phases.phase_of(Path(__file__)) == "beside"
+
+
+def test_what_boots_two_hosts_runs_alone() -> None:
+    boots = {
+        path
+        for path in (phases.TESTS / "xen").glob("test_*.py")
+        if re.search(r"\bXenPair\b|\bSite\(|xen_pair|--hosts", path.read_text())
+    }
+    assert boots == {phases.TESTS / place for place in phases.PAIRS}
 
 
 @pytest.mark.parametrize(
