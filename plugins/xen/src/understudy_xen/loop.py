@@ -251,7 +251,8 @@ class RemusLoop:
             HypervisorError: The last one was not acknowledged. The guest may be suspended.
 
         Guarantees:
-            Afterwards it rests between two checkpoints, unless it failed.
+            Afterwards it rests between two checkpoints, unless it failed. Where this is cancelled nobody waits for the
+            checkpoints any more, and the loop ends with the next one; `rest` is the way to stop.
         """
         pace = _Pace(interval_s, count, tell)
         await self._next(_Round(self._loop.create_future(), pace=pace))
