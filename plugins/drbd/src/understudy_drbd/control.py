@@ -43,6 +43,9 @@ MAPPER_S: Final = 5.0  #: for what the device mapper does without waiting for a 
 _TOOL_S: Final = 20.0
 _LOOK_S: Final = 2.0
 _POLL_S: Final = 0.02
+_RELEASE_S: Final = 10.0
+_RELEASE_POLL_S: Final = 0.2
+_IN_USE: Final = "held open"  # of what the kernel's SS_DEVICE_IN_USE is called; drbd_strings.c
 _NINE: Final = (9,)
 _FORCE_IS_AN_OPTION: Final = (8, 4)  # of drbdadm's; before, it was drbdsetup's, and passed on
 _ALONE: Final = frozenset({"StandAlone", "Unconfigured"})
@@ -272,8 +275,22 @@ class Control:
         await self._change(Genl.promote, "primary")
 
     async def demote(self) -> None:
-        """Become DRBD's secondary; nobody may have the device open."""
-        await self._drbdadm("secondary")
+        """Become DRBD's secondary; whoever has the device open is given some seconds to let go of it.
+
+        A domain of Xen's is gone before the kernel has closed its disks.
+
+        Raises:
+            ToolFailed: DRBD refuses; also if somebody still has it open.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _RELEASE_S
+        while True:
+            try:
+                return await self._drbdadm("secondary")
+            except ToolFailed as failed:
+                if _IN_USE not in failed.problem or loop.time() > until:
+                    raise
+            await asyncio.sleep(_RELEASE_POLL_S)
 
     async def distrust_peer(self) -> None:
         """Have the next resynchronisation copy the whole disk; as DRBD's primary, without a connection.

@@ -1,11 +1,16 @@
 """The primary's half of a DRBD disk: nothing is cut, and nothing acknowledged, unless both hosts have every write.
 
-Why it is enough to look right before the cut: the guest stands still and its writes have ended. Under protocol C a
-write ends when the other host has it, or when DRBD has given the other host up and noted the block as out of sync. So
-a DRBD that is Connected and UpToDate on both hosts at that moment has all of them there, whatever the connection went
-through before, and until the guest runs again nothing is added.
+Why it is enough to look right before the cut: the guest stands still. Under protocol C a write ends when the other host
+has it, or when DRBD has given the other host up and noted the block as out of sync. So a DRBD that is Connected and
+UpToDate on both hosts at that moment has all that has ended there, whatever the connection went through before, and
+until the guest runs again it asks for no more.
 
-Source: Linux drivers/block/drbd/drbd_req.c; libxl's libxl_remus_disk_drbd.c for the place in the cycle.
+QEMU stops a guest when all its writes have ended. Xen does not wait for them: one that is under way may be in the cut,
+or in part, or not. The guest's memory has it among those that have not ended, and its driver asks the new backend for
+it again, before anything else can depend on it.
+
+Source: Linux drivers/block/drbd/drbd_req.c, drivers/block/xen-blkfront.c (blkfront_resume, blkif_recover); libxl's
+libxl_remus_disk_drbd.c for the place in the cycle.
 """
 
 from __future__ import annotations
@@ -63,19 +68,19 @@ class PrimaryDisk(ProtectedDevice):
         return cls(control, context.peer)
 
     async def start(self, side: ReplicationMode) -> None:  # noqa: ARG002 - the contract's
-        """Let the other half be ready for the guest's memory; the guest is stopped and all its writes have ended.
+        """Let the other half be ready for the guest's memory; the guest is stopped.
 
         Raises:
-            UnderstudyError: The other host does not have them all, or is not ready.
+            UnderstudyError: The other host does not have all writes that have ended, or is not ready.
         """
         await self._control.demand_mirrored()
         await self._peer.request("begin", {}, timeout_s=_PEER_S)
 
     async def postsuspend(self, epoch: int) -> None:
-        """Have the other half cut `epoch`; the guest is stopped and all its writes have ended.
+        """Have the other half cut `epoch`; the guest is stopped.
 
         Raises:
-            UnderstudyError: The other host does not have them all, or did not cut.
+            UnderstudyError: The other host does not have all writes that have ended, or did not cut.
         """
         await self._control.demand_mirrored()
         began_ns = time.perf_counter_ns()
