@@ -37,7 +37,7 @@ ALONE: Final = (
 #: What boots two Xen hosts.
 PAIRS: Final = tuple(
     f"xen/test_{name}.py"
-    for name in ("bad_input", "bed_command", "bed_pair", "endings", "takeover", "takeover_hvm")
+    for name in ("bad_input", "bed_command", "bed_pair", "drbd", "endings", "takeover", "takeover_hvm")
 )
 
 #: Of those that run beside others the modules that take longest, the longest first: none may begin as the last one.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ __all__ = ["Site", "XenSite"]
 _AGENT: Final = """
 host = "{host}"
 insecure = true
-plugins = ["xen", "netbuffer"]
+plugins = {plugins}
 [listen]
 address = "{address}"
 [peers.{other}]
@@ -38,7 +39,7 @@ name = "{name}"
 hypervisor = "xen"
 config = "/etc/xen/{name}.cfg"
 compression = "{compression}"
-[[nic]]
+{tables}[[nic]]
 bridge = "xenbr0"
 script = "vif-understudy"
 subkind = "{subkind}"
@@ -57,18 +58,20 @@ class XenSite:
     Args:
         pair: The hosts, booted.
         silence_ms: After which a host is taken for lost. Two dom0s under TCG share two processors with everything else.
+        plugins: The agents', besides Xen's and the gate's.
     """
 
-    def __init__(self, pair: XenPair, *, silence_ms: int = 3000) -> None:
+    def __init__(self, pair: XenPair, *, silence_ms: int = 3000, plugins: Sequence[str] = ()) -> None:
         self.pair = pair
         self._silence_ms = silence_ms
+        self._plugins = ("xen", "netbuffer", *plugins)
 
     def other(self, place: XenPlace) -> XenPlace:
         """Return the other host."""
         return self.pair.beta if place is self.pair.alpha else self.pair.alpha
 
-    async def equip(self, place: XenPlace) -> None:
-        """Configure a host's agent and start it."""
+    async def equip(self, place: XenPlace, *program: str | Path) -> None:
+        """Configure a host's agent and start it; `program` is run in place of ``understudy``."""
         other = self.other(place)
         arbiter = self.pair.common / "arbiter"
         arbiter.mkdir(exist_ok=True)
@@ -78,11 +81,13 @@ class XenSite:
             other=other.name,
             other_address=other.address,
             arbiter=arbiter,
+            plugins=json.dumps(self._plugins),
             silence_ms=self._silence_ms,
         )
         await self.put(place, "/etc/understudy/agent.toml", text)
         log = place.directory / f"agent-{time.monotonic_ns()}.log"
-        start = f"setsid understudy agent run >{log} 2>&1 </dev/null &"
+        words = shlex.join(map(str, program or ("understudy",)))
+        start = f"setsid {words} agent run >{log} 2>&1 </dev/null &"
         await place.run("sh", "-c", start)
         # Not asked by the command line, whose start would take the only processor from the agent's.
         ready = f"until grep -qs 'listens on' {log}; do sleep 0.2; done"
@@ -95,10 +100,13 @@ class XenSite:
         interval_ms: int = 200,
         subkind: str = "auto",
         compression: str = "auto",
+        tables: str = "",
         **guest: Any,
     ) -> None:
-        """Write a guest's file and its xl configuration on both hosts."""
-        text = _GUEST.format(name=name, interval_ms=interval_ms, subkind=subkind, compression=compression)
+        """Write a guest's file, with more `tables` in it, and its xl configuration on both hosts."""
+        text = _GUEST.format(
+            name=name, interval_ms=interval_ms, subkind=subkind, compression=compression, tables=tables
+        )
         for place in (self.pair.alpha, self.pair.beta):
             await self.put(place, f"/etc/xen/{name}.cfg", linux(name, preserve=True, **guest))
             await self.put(place, f"/etc/understudy/guests/{name}.toml", text)
@@ -132,12 +140,26 @@ class XenSite:
 
 
 @asynccontextmanager
-async def Site(**options: Any) -> AsyncIterator[XenSite]:  # noqa: N802 - reads like the class
-    """Enter with both hosts up and their agents running."""
-    async with XenPair() as pair:
+async def Site(  # noqa: N802 - reads like the class
+    prepare: Callable[[XenSite], Awaitable[None]] | None = None,
+    *,
+    disks_mib: tuple[int, ...] = (),
+    **options: Any,
+) -> AsyncIterator[XenSite]:
+    """Enter with both hosts up and their agents running.
+
+    Args:
+        prepare: Called when the hosts are up; it starts the agents. By default that is all that is to be done.
+        disks_mib: As for `XenPair`.
+        options: As for `XenSite`.
+    """
+    async with XenPair(disks_mib=disks_mib) as pair:
         site = XenSite(pair, **options)
         try:
-            await asyncio.gather(*(site.equip(place) for place in (pair.alpha, pair.beta)))
+            if prepare is not None:
+                await prepare(site)
+            else:
+                await asyncio.gather(*(site.equip(place) for place in (pair.alpha, pair.beta)))
             yield site
         except BaseException:
             print(site.logs())  # noqa: T201 - pytest shows it with the failure
