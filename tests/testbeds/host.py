@@ -176,6 +176,6 @@ class BedHost:
         for waiting in (self._ready, *self._answers.values()):
             if not waiting.done():
                 waiting.set_exception(self.machine.died("died"))
-        if self._ready.done():
+        if not self._ready.cancelled():  # as it is when who waited for it was
             self._ready.exception()  # nobody else may ask for it
         self._answers.clear()
