@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,8 +32,9 @@ from understudy.device import (
     Verdict,
 )
 from understudy.errors import StateError, UnderstudyError
+from understudy_drbd import control as control_module
 from understudy_drbd.checkpoints import CheckpointRefused, Checkpoints
-from understudy_drbd.control import Control
+from understudy_drbd.control import Control, ToolFailed
 from understudy_drbd.dm import MapperRefused
 from understudy_drbd.fork import DRBD_CHECKPOINT
 from understudy_drbd.genl import Genl
@@ -100,6 +102,21 @@ async def test_all_is_copied_back_where_the_log_of_a_crashed_primary_is_too_shor
     behind = (await pair.state(SECONDARY)).out_of_sync_bytes
     assert behind == (0 if extents == "2" else int(run("blockdev", "--getsize64", pair.devices[SECONDARY])))
     await device.teardown(Verdict.KEEP)
+
+
+async def test_an_old_primary_gives_way_when_nobody_has_it_open_any_more(
+    pair: DrbdPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = await pair.control(PRIMARY)
+    with pair.devices[PRIMARY].open("rb") as held:
+        monkeypatch.setattr(control_module, "_RELEASE_S", 0.5)
+        with pytest.raises(ToolFailed, match="held open"):
+            await control.demote()
+        monkeypatch.undo()
+        asyncio.get_running_loop().call_later(0.5, held.close)
+        await control.demote()
+        assert held.closed
+    assert (await pair.state(PRIMARY)).role == "Secondary"
 
 
 async def test_a_takeover_without_a_checkpoint_is_refused(pair: DrbdPair) -> None:
