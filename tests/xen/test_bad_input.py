@@ -63,6 +63,13 @@ async def found(site: XenSite, guest: str, *more: str) -> list[dict[str, Any]]:
     return list(json.loads(answer.output)["findings"])
 
 
+async def running(site: XenSite) -> None:
+    """See that the guest ``web`` runs on alpha, unprotected."""
+    await site.describe("web")
+    if (await site.pair.alpha.run("xl", "domid", "web", check=False)).status:
+        await site.ask(site.pair.alpha, "start", "web", timeout_s=STEP_S)
+
+
 def said(findings: list[dict[str, Any]], severity: str = "error") -> str:
     """Return the problems of one severity, each with what it is about."""
     return "\n".join(
@@ -165,7 +172,7 @@ async def _ended(site: XenSite) -> bool:
 @pytest.mark.long  # a guest is started and protected for it
 async def test_a_guest_that_is_gone_in_the_middle_of_the_first_copy(site: XenSite) -> None:
     alpha, beta = site.pair.alpha, site.pair.beta
-    await site.describe("web")
+    await running(site)
     protecting = asyncio.ensure_future(site.ask(alpha, "protect", "web", check=False, timeout_s=STEP_S))
     copying = "until xl list web--incoming >/dev/null 2>&1; do sleep 0.1; done"
     await beta.run("timeout", str(int(STEP_S)), "sh", "-c", copying, timeout_s=STEP_S + 5)
@@ -178,12 +185,12 @@ async def test_a_guest_that_is_gone_in_the_middle_of_the_first_copy(site: XenSit
         return "web" not in (await beta.run("xl", "list")).output
 
     await until(is_clean, "the half copy is destroyed")
-    await site.ask(alpha, "start", "web", timeout_s=STEP_S)
 
 
 @pytest.mark.long  # a guest is started and protected for it
 async def test_xenstored_stands_still_and_ends(site: XenSite) -> None:
     alpha = site.pair.alpha
+    await running(site)
     await site.protect(alpha)
     await alpha.run("sh", "-c", "kill -STOP $(cat /run/xenstored.pid)")
     # Nobody hangs: the table is told, of the guest no more than is known.
