@@ -195,13 +195,19 @@ async def test_xenstored_stands_still_and_ends(site: XenSite) -> None:
     await alpha.run("sh", "-c", "kill -STOP $(cat /run/xenstored.pid)")
     # Nobody hangs: the table is told, of the guest no more than is known.
     told = await site.ask(alpha, "status", "--format", "json", timeout_s=STEP_S)
-    assert {row["guest"] for row in json.loads(told.output)["guests"]} == {"web"}
+    assert ("web", "alpha") in {(row["guest"], row["host"]) for row in json.loads(told.output)["guests"]}
     await alpha.run("sh", "-c", "kill -CONT $(cat /run/xenstored.pid)")
     # The last case of these hosts: a xenstored that has ended is not started again, and no guest suspends without it.
     await alpha.run("sh", "-c", "kill -KILL $(cat /run/xenstored.pid)")
 
-    async def has_decided() -> str:
-        rows = [await site.row(place) for place in (alpha, site.pair.beta)]
-        return str([row["host"] for row in rows if row["state"] == "alone"] or "")
+    async def owner() -> str:
+        told = await site.ask(site.pair.beta, "status", "web", "--format", "json")
+        record = json.loads(told.output)["record"]
+        return str(record["owner"]) if record["state"] == "alone" else ""
 
-    assert await until(has_decided, "one host goes on alone") in {"['alpha']", "['beta']"}
+    alone = await until(owner, "one host goes on alone")
+    place = {"alpha": alpha, "beta": site.pair.beta}[alone]
+    row = await site.row(place)
+    assert (row["role"], row["state"]) == ("primary", "alone")
+    if place is alpha:
+        assert "xenstored is gone" in row["problem"]

@@ -18,6 +18,7 @@ from understudy_xen.xenstore import (
     XenStoreLimit,
     XenStoreLost,
     XenStoreSilent,
+    connection,
 )
 from understudy_xen.xenstore.errors import XenStoreBusy
 from understudy_xen.xenstore.wire import Op
@@ -132,6 +133,20 @@ async def test_it_is_asked_again_for_a_connection(
     else:
         assert isinstance(store, BlockingStore)
         store.close()
+
+
+async def test_the_kernel_is_not_asked_in_place_of_a_xenstored_that_has_ended(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX) as ended:
+        ended.bind(str(left))
+    monkeypatch.setattr(connection, "PLACES", (tmp_path / "none", left, peer.place))
+    with pytest.raises(XenStoreLost, match=r"none: No such file or directory; .*left: Connection refused"):
+        await XenStore.open()
+    left.unlink()
+    async with await XenStore.open():
+        await peer.taken()
 
 
 async def test_nobody_there_is_told_with_what_was_tried(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def open_way(place: Path | None) -> Way:
     """Open a way to xenstored.
 
     Args:
-        place: A socket or the device; ``None`` tries `PLACES` in turn.
+        place: A socket or the device; ``None`` takes the first of `PLACES` that exists.
 
     Raises:
         XenStoreBusy: Xenstored has no room for a connection now.
@@ -63,6 +63,10 @@ def open_way(place: Path | None) -> Way:
             raise XenStoreBusy(f"xenstored does not take a connection at {path}") from None
         except OSError as error:
             tried.append(f"{path}: {error.strerror or error}")
+            if not isinstance(error, FileNotFoundError):
+                # A socket that nobody serves: xenstored has ended. The kernel, asked through its device for a watch,
+                # would wait for it for ever, and so would whoever asks.
+                break
     raise XenStoreLost(
         f"no xenstored can be reached ({'; '.join(tried)}): it runs in a Xen dom0 (systemctl status xenstored, "
         f"xenbits' oxenstored or xenstored) and is asked by root"
