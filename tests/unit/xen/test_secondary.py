@@ -19,6 +19,7 @@ from understudy.arbiter import Record, RecordState
 from understudy.device import ReplicationMode
 from understudy.errors import HypervisorError
 from understudy.group import DeviceGroup
+from understudy.hypervisor import SecondaryDomain
 from understudy.services import Channels
 from understudy_xen.guestfile import XenConfig
 from understudy_xen.hypervisor import XenHypervisor
@@ -51,16 +52,24 @@ class Primary:
         self._sock.close()
 
 
+async def launched(
+    hypervisor: XenHypervisor, config: XenConfig, world: FakeWorld | None = None
+) -> tuple[DeviceGroup, Primary, SecondaryDomain]:
+    """Return a secondary that waits for its primary, the devices of the world, and that primary."""
+    world = world or FakeWorld({"disk0": {}})
+    group = await DeviceGroup.open(world.setup(side=ReplicationMode.SECONDARY))
+    secondary = await hypervisor.secondary(config, {})
+    await secondary.launch(group)
+    return group, Primary(), secondary
+
+
 @pytest.mark.parametrize("told", [2, 1])
 async def test_the_disks_are_those_of_the_memory_also_if_they_were_not_told_of_it(
     hypervisor: XenHypervisor, config: XenConfig, restorer_is: Callable[[str], None], told: int
 ) -> None:
     restorer_is("reads")
     world = FakeWorld({"disk0": {}})
-    group = await DeviceGroup.open(world.setup(side=ReplicationMode.SECONDARY))
-    primary = Primary()
-    secondary = await hypervisor.secondary(config, {})
-    await secondary.launch(group)
+    group, primary, secondary = await launched(hypervisor, config, world)
     await secondary.receive(cast("Channels", primary), group)
     primary.hear(3)
     for epoch in range(1, told + 1):
@@ -81,10 +90,7 @@ async def test_a_domain_that_came_in_the_way_while_the_devices_copied_is_not_des
     store: Xenstored,
 ) -> None:
     restorer_is("reads")
-    group = await DeviceGroup.open(FakeWorld({"disk0": {}}).setup(side=ReplicationMode.SECONDARY))
-    primary = Primary()
-    secondary = await hypervisor.secondary(config, {})
-    await secondary.launch(group)
+    group, primary, secondary = await launched(hypervisor, config)
     domains[5] = Played(pauses=1)  # an operator's, of 'understudy xen receive'
     store["/local/domain/5/name"] = "web--incoming"
     with pytest.raises(HypervisorError, match="there is a domain web--incoming on alpha already"):
@@ -105,10 +111,7 @@ async def test_a_copy_is_discarded_by_its_number_whatever_it_is_called_by_now(
     name: str,
 ) -> None:
     restorer_is("reads")
-    group = await DeviceGroup.open(FakeWorld({"disk0": {}}).setup(side=ReplicationMode.SECONDARY))
-    primary = Primary()
-    secondary = await hypervisor.secondary(config, {})
-    await secondary.launch(group)
+    group, primary, secondary = await launched(hypervisor, config)
     await secondary.receive(cast("Channels", primary), group)
     primary.hear(3)
     primary.close()
@@ -137,10 +140,7 @@ async def test_a_copy_gets_its_name_although_the_restorer_ends_before_it_says_so
     renamed: bool,
 ) -> None:
     restorer_is(behaviour)
-    group = await DeviceGroup.open(FakeWorld({"disk0": {}}).setup(side=ReplicationMode.SECONDARY))
-    primary = Primary()
-    secondary = await hypervisor.secondary(config, {})
-    await secondary.launch(group)
+    group, primary, secondary = await launched(hypervisor, config)
     await secondary.receive(cast("Channels", primary), group)
     primary.hear(3)
     primary.close()
